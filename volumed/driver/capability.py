@@ -1,0 +1,17 @@
+"""What a backend can do. Computed from its class and its probe, never written down twice."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Capability(enum.StrEnum):
+    SIZE = "size"  # a volume's size is enforced
+    FILESYSTEM = "filesystem"  # volumes that are a tree
+    BLOCK = "block"  # volumes that are a raw device
+    SNAPSHOT = "snapshot"
+    SNAPSHOT_LIVE = "snapshot-live"  # ... in so short a time that a mounted volume can be frozen for it
+    CLONE = "clone"
+    CLONE_LIVE = "clone-live"
+    EXPAND = "expand"  # a volume grows; while it is mounted, too
+    CAPACITY = "capacity"  # the backend tells how much room it has

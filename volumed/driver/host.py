@@ -1,0 +1,128 @@
+"""What a driver may do to the machine it runs on. The real one is `volumed.host.linux.LinuxHost`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Completed(NamedTuple):
+    """A child process that ended. Output is text, undecodable bytes escaped."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class MountEntry(NamedTuple):
+    """One line of /proc/self/mountinfo (proc(5)), octal escapes decoded."""
+
+    mount_id: int
+    parent_id: int
+    device: str  # major:minor
+    root: str  # path within the file system that forms the root of this mount
+    target: Path
+    options: tuple[str, ...]  # of the mount
+    fstype: str
+    source: str
+    super_options: tuple[str, ...]
+
+
+class Loop(NamedTuple):
+    """A loop device in use."""
+
+    device: Path  # /dev/loopN
+    backing_file: Path
+    backing_inode: tuple[int, int]  # st_dev, st_ino: the truth, where the path may have been renamed
+    readonly: bool
+
+
+class Host(ABC):
+    """Linux, as far as drivers need it.
+
+    Every method is bounded by the request's deadline (`volumed.context`). Errors: HostError and its kinds.
+    """
+
+    @abstractmethod
+    def run(
+        self,
+        argv: Sequence[str | Path],
+        *,
+        timeout: float = 60.0,
+        stdin: str | None = None,
+        env: Mapping[str, str] | None = None,
+        secrets: Sequence[str] = (),
+        check: bool = True,
+    ) -> Completed:
+        """Run one command: fixed locale, minimal environment, its whole process group killed at the deadline.
+
+        `secrets` are blanked in every text that leaves this call. Raises CommandFailed (unless `check` is
+        false) for an exit status other than 0 or a command that is not installed, DeadlineExceeded at the timeout.
+        """
+
+    @abstractmethod
+    def mount(
+        self, source: str | Path, target: Path, *, fstype: str, options: Sequence[str] = (), readonly: bool = False
+    ) -> None:
+        """mount(2) of a local file system; `options` as in mount(8). Raises MountFailed."""
+
+    @abstractmethod
+    def bind(self, source: Path, target: Path, *, readonly: bool = False, options: Sequence[str] = ()) -> None:
+        """A bind mount of `source`, a directory or a device node, at `target`, which exists.
+
+        `options`: the per-mount ones alone (nosuid, nodev, noexec, noatime, nodiratime, relatime).
+        """
+
+    @abstractmethod
+    def unmount(self, target: Path) -> None:
+        """Take away the mount at `target`; nothing happens when there is none. Raises InUse naming who holds it."""
+
+    @abstractmethod
+    def is_mountpoint(self, path: Path) -> bool:
+        """Whether `path` is the root of a mount, bind mounts included; False when it does not exist."""
+
+    @abstractmethod
+    def mounts(self) -> Sequence[MountEntry]:
+        """The mount table of this process's namespace; read again only after it changed."""
+
+    @abstractmethod
+    def attach_loop(self, backing_file: Path, *, direct_io: bool = True, readonly: bool = False) -> Path:
+        """A loop device over the whole of `backing_file`; the one it already has, when it has one."""
+
+    @abstractmethod
+    def find_loop(self, backing_file: Path) -> Path | None:
+        """The loop device of this file (by inode, never by number or name), or None."""
+
+    @abstractmethod
+    def detach_loop(self, device: Path) -> None:
+        """Free the device; nothing happens when it is free. Raises InUse while it is open or mounted."""
+
+    @abstractmethod
+    def refresh_loop(self, device: Path) -> None:
+        """Let the device take the size that its backing file has now."""
+
+    @abstractmethod
+    def loops(self) -> Sequence[Loop]:
+        """All loop devices in use on the machine."""
+
+    @abstractmethod
+    def project_quota_supported(self, path: Path) -> bool:
+        """Whether the file system at `path` enforces project quotas, for root as well (XFS does, ext4 does not)."""
+
+    @abstractmethod
+    def set_project_quota(self, path: Path, *, project: int, limit: int) -> None:
+        """Bound the tree at `path`, all of it and whatever is made in it, to `limit` bytes."""
+
+    @abstractmethod
+    def project_usage(self, path: Path, *, project: int) -> int:
+        """Bytes that the project occupies."""
+
+    @abstractmethod
+    def clear_project_quota(self, path: Path, *, project: int) -> None:
+        """Forget the limit. `path`: anything on that file system."""
+
+    @abstractmethod
+    def reflink(self, source: Path, target: Path) -> None:
+        """Make `target`, a new file, share the data of `source` (FICLONE). Raises NotSupported where it cannot."""

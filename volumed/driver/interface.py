@@ -1,0 +1,185 @@
+"""What a driver is: five methods, one of two shapes, and abilities it may add.
+
+Contract of every method, so that none repeats it. Calls block and may come from several threads at once, but never
+two for the same volume. Core retries, locks and journals; a driver reports honestly. `kill -9` may strike anywhere:
+whatever half-made thing a call can leave behind, `find` must report and `delete` must remove, and the same call made
+again must succeed. Objects on storage are named from the volume's id, never from its name, and carry the mark of
+`VolumeSpec.id`. Errors: CapacityExhausted, BackendUnavailable, BackendError, PermissionDenied, HostError, and those
+named per method.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+from volumed.driver.capability import Capability
+from volumed.driver.host import Host
+from volumed.driver.options import NoOptions, Options
+from volumed.model import Handle, SnapshotId, VolumeId, VolumeMode
+
+
+class VolumeSpec(NamedTuple):
+    """A volume to be made. `options` is an instance of the driver's `VolumeOptions`."""
+
+    id: VolumeId
+    size: int | None  # bytes; a block driver always gets one
+    mode: VolumeMode
+    options: Options
+
+
+class CreatedVolume(NamedTuple):
+    handle: Handle
+    size: int | None  # what it really got: at least what was asked for
+
+
+class Facts(NamedTuple):
+    """One volume as its storage knows it."""
+
+    size: int | None  # None: not limited
+    used: int | None  # bytes occupied on storage; None: only counting the tree would tell
+
+
+class Found(NamedTuple):
+    """A volume of ours on the storage, finished or not."""
+
+    handle: Handle
+    volume_id: VolumeId
+
+
+class FoundSnapshot(NamedTuple):
+    handle: Handle
+    snapshot_id: SnapshotId
+
+
+class Capacity(NamedTuple):
+    total: int
+    available: int
+
+
+class Probe(NamedTuple):
+    """What a look at the storage told. `lacking`: abilities of the class that this storage does not have, each with
+    the reason and the alternative, for people. `facts`: shown by `volumectl backend inspect`."""
+
+    lacking: dict[Capability, str]
+    facts: dict[str, str]
+
+
+class Driver(ABC):
+    """Code that speaks to one kind of storage. One instance per backend."""
+
+    BackendOptions: ClassVar[type[Options]] = NoOptions
+    VolumeOptions: ClassVar[type[Options]] = NoOptions
+    # What the shape and the mix-ins do not say: SIZE, SNAPSHOT_LIVE, CLONE_LIVE.
+    capabilities: ClassVar[frozenset[Capability]] = frozenset()
+
+    def __init__(self, backend: str, options: Options, host: Host) -> None:
+        """Does no I/O. `options` is an instance of `BackendOptions`."""
+        self.backend = backend
+        self.host = host
+
+    @abstractmethod
+    def probe(self) -> Probe:
+        """Make the backend ready (a missing folder, a loaded module) and tell what it can do.
+
+        Raises BackendUnavailable or ConfigError when it cannot be used at all. Called at start and on a timer.
+        """
+
+    @abstractmethod
+    def create(self, spec: VolumeSpec) -> CreatedVolume:
+        """Make the volume, empty. The same id again returns the same volume, finishing what was half made.
+        Raises OutOfRange for a size it cannot make, NotSupported for one it cannot enforce."""
+
+    @abstractmethod
+    def delete(self, handle: Handle) -> None:
+        """Remove the volume and its data for good. Gone already is success."""
+
+    @abstractmethod
+    def inspect(self, handle: Handle) -> Facts:
+        """Raises NotFound when it is gone."""
+
+    @abstractmethod
+    def list(self) -> Iterable[Found]:
+        """Every volume of ours on this storage, half-made ones as well; nothing of anybody else's."""
+
+    def find(self, volume_id: VolumeId) -> Handle | None:
+        """The handle of the volume with this id, half made or not. Override where storage can look it up."""
+        return next((found.handle for found in self.list() if found.volume_id == volume_id), None)
+
+
+class FilesystemDriver(Driver):
+    """Storage that holds trees."""
+
+    @abstractmethod
+    def mount(self, handle: Handle, target: Path, *, options: Sequence[str], readonly: bool) -> None:
+        """Make the tree present at `target`, an empty directory. Raises NotFound, MountFailed."""
+
+    def unmount(self, handle: Handle, target: Path) -> None:
+        """Undo `mount`; nothing there is success. Raises InUse."""
+        self.host.unmount(target)
+
+    def owns_mount(self, handle: Handle, target: Path) -> bool:
+        """Whether what is mounted at `target` is this volume. Overridden where a cheap look can tell."""
+        return self.host.is_mountpoint(target)
+
+
+class BlockDriver(Driver):
+    """Storage that holds devices. Core makes, checks, grows and mounts the file system on them."""
+
+    @abstractmethod
+    def map(self, handle: Handle) -> Path:
+        """Make the device present on this node and return it; the one that is there, when there is one."""
+
+    @abstractmethod
+    def unmap(self, handle: Handle) -> None:
+        """Undo `map`; not mapped, or gone, is success. Raises InUse while the device is held."""
+
+    @abstractmethod
+    def mapped(self, handle: Handle) -> Path | None:
+        """The device on this node, or None. Never maps."""
+
+
+class SupportsExpand(ABC):
+    @abstractmethod
+    def expand(self, handle: Handle, size: int) -> int:
+        """Grow to at least `size` bytes, in use or not, and return the size it has now; larger already is success.
+        A mapped device shows the new size on return. Raises OutOfRange, CapacityExhausted."""
+
+
+class SupportsSnapshots(ABC):
+    """Core freezes or unmounts the volume before `snapshot`, and unmounts it before `restore`."""
+
+    @abstractmethod
+    def snapshot(self, handle: Handle, snapshot_id: SnapshotId) -> Handle:
+        """A point in time of the volume, as one atomic step. The same id again returns the same snapshot."""
+
+    @abstractmethod
+    def delete_snapshot(self, snapshot: Handle) -> None:
+        """Gone already is success."""
+
+    @abstractmethod
+    def list_snapshots(self) -> Iterable[FoundSnapshot]:
+        """Every snapshot of ours on this storage, half-made ones as well."""
+
+    @abstractmethod
+    def restore(self, handle: Handle, snapshot: Handle) -> None:
+        """Put the volume back to the snapshot, which stays. At no instant is neither state there, and the call made
+        again finishes what was begun."""
+
+    @abstractmethod
+    def create_from_snapshot(self, snapshot: Handle, spec: VolumeSpec) -> CreatedVolume:
+        """`create`, with the snapshot's data. Raises OutOfRange when `spec.size` is too small."""
+
+
+class SupportsClone(ABC):
+    @abstractmethod
+    def clone(self, source: Handle, spec: VolumeSpec) -> CreatedVolume:
+        """`create`, with the data that the source has now. Core freezes or unmounts the source before."""
+
+
+class SupportsCapacity(ABC):
+    @abstractmethod
+    def capacity(self) -> Capacity:
+        """Bytes, as the storage counts them."""

@@ -1,0 +1,205 @@
+"""Typed records over the store: which keys exist, how a record becomes a value, and the look-ups that stay O(1).
+
+    volumes/<id>                                   Volume
+    volume-names/<name>                            its id
+    snapshots/<volume>/<snapshot>                  Snapshot
+    snapshot-names/<volume>/<name>                 its id
+    operations/<volume>                            Operation: at most one per volume
+    bindings/<volume>/<node>/<engine>/<mount id>   Binding
+    consumers/<consumer>/<binding's key>           index: bindings of a container
+    history/<volume>/<until>/<mount id>            HistoricBinding
+
+What people name is quoted in keys, so a name with a slash stays one segment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+from urllib.parse import quote, unquote
+
+import msgspec
+
+from volumed.model import (
+    Binding,
+    Engine,
+    HistoricBinding,
+    Operation,
+    Record,
+    Snapshot,
+    SnapshotId,
+    Volume,
+    VolumeId,
+)
+from volumed.store.store import Entry, Store
+
+R = TypeVar("R", bound=Record)
+
+_encode = msgspec.json.Encoder().encode
+_decoders: dict[type[Record], msgspec.json.Decoder[Any]] = {
+    kind: msgspec.json.Decoder(kind) for kind in (Volume, Snapshot, Operation, Binding, HistoricBinding)
+}
+
+
+def _quoted(text: str) -> str:
+    return quote(text, safe="")
+
+
+def _volume_key(volume_id: str) -> str:
+    return f"volumes/{_quoted(volume_id)}"
+
+
+def _name_key(name: str) -> str:
+    return f"volume-names/{_quoted(name)}"
+
+
+def _binding_key(volume_id: str, node: str, engine: str, mount_id: str) -> str:
+    return f"bindings/{volume_id}/{_quoted(node)}/{engine}/{_quoted(mount_id)}"
+
+
+def _key(record: Record) -> str:
+    match record:
+        case Volume():
+            return _volume_key(record.id)
+        case Snapshot():
+            return f"snapshots/{record.volume_id}/{record.id}"
+        case Operation():
+            return f"operations/{record.volume_id}"
+        case Binding():
+            return _binding_key(record.volume_id, record.node, record.engine, record.mount_id)
+        case HistoricBinding():
+            return f"history/{record.volume_id}/{record.until.isoformat()}/{_quoted(record.mount_id)}"
+    raise TypeError(type(record).__name__)
+
+
+def _index(record: Record) -> dict[str, bytes]:
+    """The keys beside the record's own that lead to it."""
+    match record:
+        case Volume():
+            return {_name_key(record.name): record.id.encode()}
+        case Snapshot():
+            return {f"snapshot-names/{record.volume_id}/{_quoted(record.name)}": record.id.encode()}
+        case Binding():
+            key = _key(record)
+            return {f"consumers/{_quoted(consumer.id)}/{key}": b"" for consumer in record.consumers}
+    return {}
+
+
+class Transaction:
+    """Collects puts and deletes; each record is expected to stand as it was read (`Record.revision`)."""
+
+    def __init__(self) -> None:
+        self.expect: dict[str, int] = {}
+        self.puts: dict[str, bytes] = {}
+        self.deletes: list[str] = []
+
+    def put(self, record: Record, *, previous: Record | None = None) -> None:
+        """`previous`: the record as it was read, when an index key of it may have changed."""
+        key = _key(record)
+        self.expect[key] = record.revision
+        self.puts[key] = _encode(msgspec.structs.replace(record, revision=0))
+        index = _index(record)
+        if record.revision == 0 and not isinstance(record, Binding):
+            self.expect.update(dict.fromkeys(index, 0))  # a name belongs to one record
+        self.puts.update(index)
+        if previous is not None:
+            self.deletes.extend(stale for stale in _index(previous) if stale not in index)
+
+    def delete(self, record: Record) -> None:
+        key = _key(record)
+        self.expect[key] = record.revision
+        self.deletes += [key, *_index(record)]
+
+
+class Repository:
+    """The ledger, typed. Records read carry their revision; commit raises `store.Conflict` when one is stale."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """Commits at the end of the block; an exception inside it commits nothing."""
+        transaction = Transaction()
+        yield transaction
+        self.store.commit(expect=transaction.expect, put=transaction.puts, delete=transaction.deletes)
+
+    # Volumes
+    def volume(self, volume_id: str) -> Volume | None:
+        return _decode(Volume, self.store.get(_volume_key(volume_id)))
+
+    def volume_by_name(self, name: str) -> Volume | None:
+        entry = self.store.get(_name_key(name))
+        return self.volume(entry.value.decode()) if entry else None
+
+    def volumes(self, *, after: str = "", limit: int | None = None) -> list[Volume]:
+        """In the order of their ids; page on with the last one's id."""
+        return self._scan(Volume, "volumes/", after=_volume_key(after) if after else "", limit=limit)
+
+    def volume_names(self) -> list[tuple[str, VolumeId]]:
+        """Every name with its id, without decoding a single volume."""
+        prefix = len("volume-names/")
+        return [
+            (unquote(entry.key[prefix:]), VolumeId(entry.value.decode()))
+            for entry in self.store.scan("volume-names/")
+        ]
+
+    def volume_count(self) -> int:
+        return self.store.count("volumes/")
+
+    # Snapshots
+    def snapshot(self, volume_id: VolumeId, snapshot_id: SnapshotId) -> Snapshot | None:
+        return _decode(Snapshot, self.store.get(f"snapshots/{volume_id}/{snapshot_id}"))
+
+    def snapshot_by_name(self, volume_id: VolumeId, name: str) -> Snapshot | None:
+        entry = self.store.get(f"snapshot-names/{volume_id}/{_quoted(name)}")
+        return self.snapshot(volume_id, SnapshotId(entry.value.decode())) if entry else None
+
+    def snapshots(self, volume_id: VolumeId | None = None) -> list[Snapshot]:
+        return self._scan(Snapshot, f"snapshots/{volume_id}/" if volume_id else "snapshots/")
+
+    # Operations
+    def operation(self, volume_id: VolumeId) -> Operation | None:
+        return _decode(Operation, self.store.get(f"operations/{volume_id}"))
+
+    def operations(self) -> list[Operation]:
+        return self._scan(Operation, "operations/")
+
+    # Bindings
+    def binding(self, volume_id: VolumeId, *, node: str, engine: Engine, mount_id: str) -> Binding | None:
+        return _decode(Binding, self.store.get(_binding_key(volume_id, node, engine, mount_id)))
+
+    def bindings(self, volume_id: VolumeId | None = None, *, node: str | None = None) -> list[Binding]:
+        prefix = "bindings/"
+        if volume_id:
+            prefix += f"{volume_id}/" + (f"{_quoted(node)}/" if node else "")
+        found = self._scan(Binding, prefix)
+        return [binding for binding in found if node is None or binding.node == node]
+
+    def bindings_of_consumer(self, consumer_id: str) -> list[Binding]:
+        prefix = f"consumers/{_quoted(consumer_id)}/"
+        keys = [key.removeprefix(prefix) for key in self.store.keys(prefix)]
+        return [binding for key in keys if (binding := _decode(Binding, self.store.get(key)))]
+
+    def history(self, volume_id: VolumeId | None = None) -> list[HistoricBinding]:
+        """Oldest first, per volume."""
+        return self._scan(HistoricBinding, f"history/{volume_id}/" if volume_id else "history/")
+
+    def _scan(self, kind: type[R], prefix: str, *, after: str = "", limit: int | None = None) -> list[R]:
+        return list(_decoded(kind, self.store.scan(prefix, after=after, limit=limit)))
+
+
+def _decode(kind: type[R], entry: Entry | None) -> R | None:
+    if entry is None:
+        return None
+    record: R = _decoders[kind].decode(entry.value)
+    msgspec.structs.force_setattr(record, "revision", entry.revision)
+    return record
+
+
+def _decoded(kind: type[R], entries: Iterable[Entry]) -> Iterator[R]:
+    for entry in entries:
+        record = _decode(kind, entry)
+        if record is not None:
+            yield record
