@@ -11,7 +11,7 @@ named per method.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -139,6 +139,10 @@ class BlockDriver(Driver):
     @abstractmethod
     def mapped(self, handle: Handle) -> Path | None:
         """The device on this node, or None. Never maps."""
+
+    @abstractmethod
+    def mappings(self) -> Mapping[VolumeId, Path]:
+        """Every volume of ours whose device is on this node now, in one look however many volumes there are."""
 
 
 class SupportsExpand(ABC):
