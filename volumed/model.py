@@ -45,6 +45,7 @@ class VolumeMode(enum.StrEnum):
 class VolumeState(enum.StrEnum):
     CREATING = "creating"
     READY = "ready"
+    RESTORING = "restoring"  # being put back to a snapshot: neither state can be trusted until it is done
     DELETING = "deleting"
 
 

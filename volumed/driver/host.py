@@ -88,6 +88,10 @@ class Host(ABC):
         """The mount table of this process's namespace; read again only after it changed."""
 
     @abstractmethod
+    def wait_for_mount_change(self, timeout: float) -> bool:
+        """Wait until the mount table changes, at most `timeout` seconds. Whether it did. For one thread."""
+
+    @abstractmethod
     def attach_loop(self, backing_file: Path, *, direct_io: bool = True, readonly: bool = False) -> Path:
         """A loop device over the whole of `backing_file`; the one it already has, when it has one."""
 

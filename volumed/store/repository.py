@@ -93,10 +93,12 @@ class Transaction:
         self.expect: dict[str, int] = {}
         self.puts: dict[str, bytes] = {}
         self.deletes: list[str] = []
+        self._records: list[Record] = []
 
     def put(self, record: Record, *, previous: Record | None = None) -> None:
         """`previous`: the record as it was read, when an index key of it may have changed."""
         key = _key(record)
+        self._records.append(record)
         self.expect[key] = record.revision
         self.puts[key] = _encode(msgspec.structs.replace(record, revision=0))
         index = _index(record)
@@ -111,6 +113,11 @@ class Transaction:
         self.expect[key] = record.revision
         self.deletes += [key, *_index(record)]
 
+    def committed(self, revision: int) -> None:
+        """The records that were put stand at this revision now, and can be put again without being read again."""
+        for record in self._records:
+            msgspec.structs.force_setattr(record, "revision", revision)
+
 
 class Repository:
     """The ledger, typed. Records read carry their revision; commit raises `store.Conflict` when one is stale."""
@@ -123,7 +130,9 @@ class Repository:
         """Commits at the end of the block; an exception inside it commits nothing."""
         transaction = Transaction()
         yield transaction
-        self.store.commit(expect=transaction.expect, put=transaction.puts, delete=transaction.deletes)
+        transaction.committed(
+            self.store.commit(expect=transaction.expect, put=transaction.puts, delete=transaction.deletes)
+        )
 
     # Volumes
     def volume(self, volume_id: str) -> Volume | None:

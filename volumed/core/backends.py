@@ -1,0 +1,222 @@
+"""Backends: a driver with its settings, its own bounded workers, and what it can do.
+
+The bulkhead: each backend has a pool of workers and a number of callers it lets in. One that hangs fills its own
+pool and then refuses at once, and nobody else notices.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TypeVar
+
+from volumed import context
+from volumed.core.drivers import DriverRegistry
+from volumed.core.options import nearest, read_options
+from volumed.driver import (
+    BlockDriver,
+    Capability,
+    Capacity,
+    Driver,
+    FilesystemDriver,
+    Host,
+    SupportsCapacity,
+    SupportsClone,
+    SupportsExpand,
+    SupportsSnapshots,
+)
+from volumed.errors import (
+    BackendUnavailable,
+    ConfigError,
+    InvalidRequest,
+    NotSupported,
+    OperationPending,
+    VolumedError,
+)
+from volumed.model import now
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_BY_CLASS: dict[type, Capability] = {
+    FilesystemDriver: Capability.FILESYSTEM,
+    SupportsExpand: Capability.EXPAND,
+    SupportsSnapshots: Capability.SNAPSHOT,
+    SupportsClone: Capability.CLONE,
+    SupportsCapacity: Capability.CAPACITY,
+}
+
+
+@dataclass(frozen=True)
+class Health:
+    ok: bool
+    error: str = ""
+    checked: datetime | None = None
+
+
+@dataclass
+class _Ticket:
+    """A caller that waits for a job: which of the two gives up first is decided under the lock."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    finished: bool = False
+    abandoned: bool = False
+
+
+class Backend:
+    def __init__(self, name: str, driver_name: str, driver: Driver, *, workers: int, disabled: Iterable[str]) -> None:
+        self.name = name
+        self.driver_name = driver_name
+        self.driver = driver
+        self.disabled = frozenset(Capability(capability) for capability in disabled)
+        self.health = Health(ok=False, error="not probed yet")
+        self.lacking: dict[Capability, str] = {}
+        self.facts: dict[str, str] = {}
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix=f"backend-{name}")
+        # As many again may queue; more than that and the backend is not keeping up, or hangs.
+        self._room = threading.BoundedSemaphore(workers * 2)
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        return self.of_class() - frozenset(self.lacking) - self.disabled
+
+    def of_class(self) -> frozenset[Capability]:
+        """What the driver's class can do, wherever its storage is."""
+        by_class = {capability for kind, capability in _BY_CLASS.items() if isinstance(self.driver, kind)}
+        if isinstance(self.driver, BlockDriver):  # core puts a file system on its devices
+            by_class |= {Capability.FILESYSTEM, Capability.BLOCK}
+        return frozenset(by_class | self.driver.capabilities)
+
+    def require(self, capability: Capability) -> None:
+        """Raises NotSupported with the reason and what to do instead."""
+        if capability in self.capabilities:
+            return
+        if capability in self.disabled:
+            reason = f"{capability} is turned off in the configuration"
+        else:
+            reason = self.lacking.get(capability, f"driver {self.driver_name} has no {capability}")
+        raise NotSupported(reason, subject=f"backend {self.name}")
+
+    def probe(self) -> None:
+        """Look at the storage; what is found, or the error, is kept in `health`, `lacking` and `facts`."""
+        try:
+            found = self.driver.probe()
+        except VolumedError as error:
+            self.unavailable(str(error))
+            return
+        self.lacking, self.facts = found.lacking, found.facts
+        self.health = Health(ok=True, checked=now())
+
+    def unavailable(self, reason: str) -> None:
+        if self.health.error != reason:
+            _log.warning("backend %s cannot be used: %s", self.name, reason, extra={"backend": self.name})
+        self.health = Health(ok=False, error=reason, checked=now())
+
+    def capacity(self) -> Capacity | None:
+        """None when the driver cannot tell."""
+        if Capability.CAPACITY in self.capabilities and isinstance(self.driver, SupportsCapacity):
+            return self.call(self.driver.capacity)
+        return None
+
+    def call(self, job: Callable[[], T], *, late: Callable[[T], None] | None = None) -> T:
+        """Run a job on a worker and wait for it until the request's deadline.
+
+        Past the deadline the job goes on, with WORK_TIMEOUT of its own; `late` is then given its result. Raises
+        BackendUnavailable at once when too many wait already, OperationPending at the deadline.
+        """
+        if not self._room.acquire(blocking=False):
+            raise BackendUnavailable(
+                "too many requests are waiting for it", subject=f"backend {self.name}", hint="try again later"
+            )
+        ticket = _Ticket()
+        try:
+            future = self._pool.submit(contextvars.copy_context().run, self._work, job, ticket, late)
+        except BaseException:
+            self._room.release()
+            raise
+        future.add_done_callback(lambda _: self._room.release())
+        return self._await(future, ticket)
+
+    def _work(self, job: Callable[[], T], ticket: _Ticket, late: Callable[[T], None] | None) -> T:
+        with context.request(context.request_id.get(), timeout=WORK_TIMEOUT):
+            result = job()
+            with ticket.lock:
+                ticket.finished = True
+                if not ticket.abandoned:
+                    return result
+            if late is not None:
+                late(result)
+            return result
+
+    def _await(self, future: Future[T], ticket: _Ticket) -> T:
+        try:
+            return future.result(timeout=context.remaining(WORK_TIMEOUT))
+        except FutureTimeout:
+            if future.done():  # the job itself raised a TimeoutError
+                raise
+            subject = f"backend {self.name}"
+            if future.cancel():
+                raise BackendUnavailable("did not get to this request in time", subject=subject) from None
+            with ticket.lock:
+                if not ticket.finished:
+                    ticket.abandoned = True
+            if ticket.abandoned:
+                raise OperationPending(
+                    "is taking long; the work goes on", subject=subject, hint="ask again to join it"
+                ) from None
+            return future.result()
+
+    def close(self) -> None:
+        """Take no more jobs; those that run are not waited for: a hung one would hold the daemon."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+# A job outlives its caller's patience, but not for ever: whatever it waits for in a child process is killed then.
+WORK_TIMEOUT = 600.0
+
+
+class Backends:
+    def __init__(self, backends: Iterable[Backend], *, default: Iterable[str]) -> None:
+        self._backends = {backend.name: backend for backend in backends}
+        self.default = tuple(default) or tuple(self._backends)
+
+    def all(self) -> list[Backend]:
+        return list(self._backends.values())
+
+    def get(self, name: str) -> Backend:
+        """Raises InvalidRequest for an unknown one, naming the nearest."""
+        try:
+            return self._backends[name]
+        except KeyError:
+            raise InvalidRequest(f"there is no backend {name!r}", hint=nearest(name, self._backends)) from None
+
+    def close(self) -> None:
+        for backend in self._backends.values():
+            backend.close()
+
+
+def open_backend(
+    name: str,
+    table: Mapping[str, object],
+    *,
+    driver_name: str,
+    workers: int,
+    disabled: Iterable[str],
+    where: Callable[[str], str],
+    drivers: DriverRegistry,
+    host: Host,
+) -> Backend:
+    """A backend of the configuration. `where` tells file and line of a key. Raises ConfigError, DriverLoadError."""
+    cls = drivers.get(driver_name).cls
+    try:
+        options = read_options(cls.BackendOptions, table, subject=f"{where('driver')}: backend {name}")
+    except InvalidRequest as error:
+        raise ConfigError(error.text, subject=error.subject, hint=error.hint) from None
+    driver = cls(name, options, host)
+    return Backend(name, driver_name, driver, workers=workers, disabled=disabled)

@@ -1,0 +1,194 @@
+"""Which container uses which volume: asked, and kept true against what the engines say.
+
+An engine's list of containers is the truth about who runs; the ledger is the truth about what was mounted for whom.
+`reconcile` brings the two together. It never runs inside a request of the engine's own, and holds no lock while it
+asks: dockerd answers some questions only after our Mount has answered.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+
+import msgspec
+
+from volumed.core.consumers.source import ConsumerSource, Hold
+from volumed.core.events import Events
+from volumed.core.locks import KeyedLocks
+from volumed.core.mounts import Mounts
+from volumed.errors import VolumedError
+from volumed.model import Binding, Engine, HistoricBinding, Volume, VolumeId, VolumeState, now
+from volumed.store.repository import Repository
+
+_log = logging.getLogger(__name__)
+
+
+class Bindings:
+    def __init__(
+        self,
+        *,
+        node: str,
+        repository: Repository,
+        mounts: Mounts,
+        locks: KeyedLocks,
+        events: Events,
+        grace: float,
+    ) -> None:
+        """`grace`: seconds for which a container must have been gone before its binding is dropped."""
+        self._node = node
+        self._repository = repository
+        self._mounts = mounts
+        self._locks = locks
+        self._events = events
+        self._grace = grace
+        self._gone_since: dict[tuple[str, str, str], float] = {}
+        self._alarmed: set[tuple[str, str]] = set()
+
+    # Asking
+    def of_volume(self, volume_id: VolumeId) -> list[Binding]:
+        return self._repository.bindings(volume_id)
+
+    def of_consumer(self, reference: str) -> list[Binding]:
+        """Of a container by its id, the beginning of its id (12 characters or more) or its name."""
+        exact = self._repository.bindings_of_consumer(reference)
+        if exact:
+            return exact
+        return [
+            binding
+            for binding in self.all()
+            for consumer in binding.consumers
+            if consumer.name == reference or (len(reference) >= 12 and consumer.id.startswith(reference))
+        ]
+
+    def all(self) -> list[Binding]:
+        return self._repository.bindings()
+
+    def history(self, volume_id: VolumeId | None = None, *, limit: int = 100) -> list[HistoricBinding]:
+        """Those that ended, the latest first."""
+        return sorted(self._repository.history(volume_id), key=lambda ended: ended.until, reverse=True)[:limit]
+
+    def forget_history(self, *, older_than: float) -> None:
+        """Delete what ended more than so many seconds ago."""
+        limit = now().timestamp() - older_than
+        stale = [ended for ended in self._repository.history() if ended.until.timestamp() < limit]
+        for start in range(0, len(stale), 100):
+            with self._repository.transaction() as transaction:
+                for ended in stale[start : start + 100]:
+                    transaction.delete(ended)
+
+    # Keeping true
+    def reconcile(self, source: ConsumerSource) -> None:
+        """Name the consumers of each binding, drop those of containers that are gone, adopt what runs without one.
+
+        Knows nothing and changes nothing while the engine cannot be asked.
+        """
+        holds = source.look()
+        if holds is None:
+            return
+        by_volume: dict[str, list[Hold]] = defaultdict(list)
+        for hold in holds:
+            by_volume[hold.volume].append(hold)
+        bound: dict[VolumeId, list[Binding]] = defaultdict(list)
+        for binding in self._repository.bindings(node=self._node):
+            if binding.engine is source.engine:
+                bound[binding.volume_id].append(binding)
+        for volume_id, bindings in bound.items():
+            volume = self._repository.volume(volume_id)
+            mine = by_volume.pop(volume.name, []) if volume else []
+            self._match(bindings, mine)
+            if volume:
+                self._adopt(volume, source.engine, bindings, mine)
+                self._alarm(volume, mine)
+        for name, rest in by_volume.items():
+            volume = self._repository.volume_by_name(name)
+            if volume is not None:
+                self._adopt(volume, source.engine, [], rest)
+                self._alarm(volume, rest)
+
+    def _match(self, bindings: list[Binding], holds: list[Hold]) -> None:
+        for binding in bindings:
+            running = [hold for hold in _holders_of(binding, holds) if hold.running]
+            key = (binding.volume_id, binding.engine, binding.mount_id)
+            if running:
+                self._gone_since.pop(key, None)
+                self._name(binding, running)
+            elif self._gone_for(key) >= self._grace <= (now() - binding.since).total_seconds():
+                self._gone_since.pop(key, None)
+                self._drop(binding)
+
+    def _gone_for(self, key: tuple[str, str, str]) -> float:
+        return time.monotonic() - self._gone_since.setdefault(key, time.monotonic())
+
+    def _name(self, binding: Binding, holds: Iterable[Hold]) -> None:
+        consumers = tuple(sorted({hold.consumer.id + hold.consumer.target: hold.consumer for hold in holds}.values(),
+                                 key=lambda consumer: (consumer.name, consumer.target)))
+        if consumers == binding.consumers:
+            return
+        with self._locks.hold(binding.volume_id):
+            current = self._repository.binding(
+                binding.volume_id, node=binding.node, engine=binding.engine, mount_id=binding.mount_id
+            )
+            if current is None:
+                return
+            with self._repository.transaction() as transaction:
+                transaction.put(msgspec.structs.replace(current, consumers=consumers), previous=current)
+
+    def _drop(self, binding: Binding) -> None:
+        volume = self._repository.volume(binding.volume_id)
+        name = volume.name if volume else binding.volume_id
+        who = ", ".join(consumer.name for consumer in binding.consumers) or binding.mount_id[:12]
+        try:
+            self._mounts.drop(binding, reason="vanished")
+        except VolumedError as error:
+            _log.warning("volume %s: the binding of %s cannot be dropped: %s", name, who, error)
+            return
+        self._events.publish("binding.vanished", name, f"{binding.engine} container {who} is gone", who=who)
+
+    def _adopt(self, volume: Volume, engine: Engine, bindings: list[Binding], holds: list[Hold]) -> None:
+        """A container runs on the volume and the ledger does not know: an older ledger was put back, most likely."""
+        if volume.state is not VolumeState.READY:
+            return
+        covered = {hold.mount_id for binding in bindings for hold in _holders_of(binding, holds)}
+        for hold in holds:
+            if not hold.running or hold.mount_id in covered:
+                continue
+            covered.add(hold.mount_id)
+            try:
+                self._mounts.acquire(
+                    volume, engine=engine, mount_id=hold.mount_id or hold.consumer.id, consumer=hold.consumer
+                )
+            except VolumedError as error:
+                _log.warning("volume %s: container %s uses it unbound: %s", volume.name, hold.consumer.name, error)
+                continue
+            self._events.publish(
+                "binding.adopted", volume.name, f"{engine} container {hold.consumer.name} was using it unrecorded"
+            )
+
+    def _alarm(self, volume: Volume, holds: list[Hold]) -> None:
+        """A running container whose volume is not mounted writes to nowhere that lasts: say it once, loudly."""
+        for hold in holds:
+            key = (volume.id, hold.consumer.id)
+            if not hold.running or self._mounts.path(volume.id) is not None:
+                self._alarmed.discard(key)
+            elif key not in self._alarmed:
+                self._alarmed.add(key)
+                self._events.publish(
+                    "mount.missing",
+                    volume.name,
+                    f"container {hold.consumer.name} runs, but the volume is not mounted: restart the container",
+                    level=logging.CRITICAL,
+                    container=hold.consumer.name,
+                )
+
+    def missing_mounts(self) -> set[tuple[str, str]]:
+        """(volume id, container id) of each running container whose mount is gone."""
+        return set(self._alarmed)
+
+
+def _holders_of(binding: Binding, holds: list[Hold]) -> list[Hold]:
+    """The containers behind a binding: those the engine names by its mount id; where it names no id (Podman has one
+    for everybody, and Docker's may be unreadable), all that use the volume."""
+    exact = [hold for hold in holds if hold.mount_id == binding.mount_id]
+    return exact or [hold for hold in holds if hold.mount_id is None]

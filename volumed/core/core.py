@@ -1,0 +1,241 @@
+"""The core put together: what every front end is given, and the threads that keep it true."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from volumed import context
+from volumed.config import Settings
+from volumed.core.backends import Backend, Backends, open_backend
+from volumed.core.bindings import Bindings
+from volumed.core.consumers.source import ConsumerSource
+from volumed.core.doctor import Doctor
+from volumed.core.drivers import DriverRegistry
+from volumed.core.events import Events
+from volumed.core.journal import Journal
+from volumed.core.locks import KeyedLocks
+from volumed.core.metrics import Metrics
+from volumed.core.mounts import Mounts
+from volumed.core.presence import Presence
+from volumed.core.provision import Provision
+from volumed.core.reconcile import Reconciler
+from volumed.core.snapshots import Snapshots
+from volumed.core.usage import Usage
+from volumed.core.volumes import Volumes
+from volumed.driver import Host
+from volumed.errors import VolumedError
+from volumed.store.repository import Repository
+from volumed.store.store import Store
+
+_log = logging.getLogger(__name__)
+
+# Our own mounts change the mount table too: looked at together, not one by one.
+SETTLE_TIME = 2.0
+SWEEP_INTERVAL = 3600.0
+
+
+class Core:
+    """Everything between the front ends and the storage of one node."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        store: Store,
+        host: Host,
+        drivers: DriverRegistry,
+        sources: Sequence[ConsumerSource] = (),
+    ) -> None:
+        """Opens the backends, touches no storage. Raises ConfigError, DriverLoadError."""
+        self.settings = settings
+        self.node = settings.node
+        self.drivers = drivers
+        self.repository = Repository(store)
+        self.events = Events()
+        self.backends = open_backends(settings, drivers=drivers, host=host)
+        locks = KeyedLocks()
+        mounts_dir = settings.state_dir / "mounts"
+        mounts_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
+        presence = Presence(host, mounts_dir)
+        self.mounts = Mounts(
+            node=self.node,
+            repository=self.repository,
+            backends=self.backends,
+            presence=presence,
+            locks=locks,
+            events=self.events,
+        )
+        self.metrics = Metrics(self)
+        provision = Provision(presence=presence, mounts=self.mounts, locks=locks)
+        self.journal = Journal(
+            node=self.node,
+            repository=self.repository,
+            backends=self.backends,
+            provision=provision,
+            locks=locks,
+            events=self.events,
+            observe=self.metrics.operation,
+        )
+        self.volumes = Volumes(
+            repository=self.repository,
+            backends=self.backends,
+            mounts=self.mounts,
+            locks=locks,
+            journal=self.journal,
+            provision=provision,
+            events=self.events,
+        )
+        self.snapshots = Snapshots(
+            repository=self.repository,
+            backends=self.backends,
+            volumes=self.volumes,
+            mounts=self.mounts,
+            locks=locks,
+            journal=self.journal,
+            events=self.events,
+        )
+        self.bindings = Bindings(
+            node=self.node,
+            repository=self.repository,
+            mounts=self.mounts,
+            locks=locks,
+            events=self.events,
+            grace=settings.consumer_grace,
+        )
+        self.usage = Usage(repository=self.repository, backends=self.backends, presence=presence)
+        self.reconciler = Reconciler(
+            node=self.node,
+            repository=self.repository,
+            backends=self.backends,
+            presence=presence,
+            mounts=self.mounts,
+            locks=locks,
+            events=self.events,
+            observe=self.metrics.reconcile_action,
+        )
+        self.doctor = Doctor(
+            node=self.node,
+            repository=self.repository,
+            backends=self.backends,
+            presence=presence,
+            bindings=self.bindings,
+            journal=self.journal,
+            reconciler=self.reconciler,
+            locks=locks,
+        )
+        self._host = host
+        self._sources = tuple(sources)
+        self._stop = threading.Event()
+        self._wake = {source.engine: threading.Event() for source in sources}
+        self._threads: list[threading.Thread] = []
+
+    def recover(self) -> None:
+        """Before anybody is served: the backends are probed, what a crash cut short is settled, and every volume that
+        is bound is mounted again. A backend that hangs is left behind after a few seconds."""
+        self._each_backend(lambda backend: backend.probe(), patience=5.0)
+        self.journal.recover()
+        with context.request(timeout=30.0):
+            self.reconciler.run()
+
+    def start(self) -> None:
+        """Begin to watch the machine and the engines."""
+        self._spawn("reconcile", self._keep_converging)
+        self._spawn("sweep", self._sweep)
+        for source in self._sources:
+            self._spawn(f"consumers-{source.engine}", lambda source=source: self._follow(source))
+            wake = self._wake[source.engine]
+            self._spawn(
+                f"watch-{source.engine}", lambda source=source, wake=wake: source.watch(wake.set, self._stop)
+            )
+
+    def stop(self) -> None:
+        """End the threads; mounts stay as they are, for the containers that use them."""
+        self._stop.set()
+        for wake in self._wake.values():
+            wake.set()
+        for thread in self._threads:
+            thread.join(timeout=2.0)
+        self.backends.close()
+
+    def _spawn(self, name: str, run: Callable[[], None]) -> None:
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _each_backend(self, job: Callable[[Backend], None], *, patience: float) -> None:
+        """All at once, so that one that hangs costs its patience once."""
+        jobs = [threading.Thread(target=self._try, args=(backend, job, patience), daemon=True)
+                for backend in self.backends.all()]
+        for thread in jobs:
+            thread.start()
+        for thread in jobs:
+            thread.join()
+
+    @staticmethod
+    def _try(backend: Backend, job: Callable[[Backend], None], patience: float) -> None:
+        try:
+            with context.request(timeout=patience):
+                backend.call(lambda: job(backend))
+        except VolumedError as error:
+            backend.unavailable(str(error))
+
+    def _keep_converging(self) -> None:
+        """On every change of the mount table a glance, every interval a thorough look."""
+        while not self._stop.is_set():
+            changed = self._host.wait_for_mount_change(self.settings.reconcile_interval)
+            if self._stop.wait(SETTLE_TIME if changed else 0):
+                return
+            with context.request():
+                self._guarded("reconciling", lambda changed=changed: self.reconciler.run(thorough=not changed))
+                if not changed:
+                    self._guarded("recovery", self.journal.recover)
+                    self._guarded("usage", self.usage.refresh_mounted)
+                    self._each_backend(lambda backend: backend.probe(), patience=10.0)
+
+    def _follow(self, source: ConsumerSource) -> None:
+        """Compare bindings with the engine's containers on each of its events, and on the timer."""
+        wake = self._wake[source.engine]
+        while not self._stop.is_set():
+            with context.request():
+                self._guarded(f"bindings of {source.engine}", lambda: self.bindings.reconcile(source))
+            wake.wait(min(self.settings.reconcile_interval, max(self.settings.consumer_grace, 1.0)))
+            if self._stop.wait(0.2):  # events come in bursts: one look for all of them
+                return
+            wake.clear()
+
+    def _sweep(self) -> None:
+        while not self._stop.wait(SWEEP_INTERVAL):
+            self._guarded("history", lambda: self.bindings.forget_history(older_than=self.settings.history))
+
+    @staticmethod
+    def _guarded(what: str, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except VolumedError as error:
+            _log.warning("%s goes on later: %s", what, error)
+        except Exception:
+            _log.exception("%s failed; it is tried again", what)
+
+
+def open_backends(settings: Settings, *, drivers: DriverRegistry, host: Host) -> Backends:
+    opened = [
+        open_backend(
+            name,
+            table.options,
+            driver_name=table.driver,
+            workers=table.workers,
+            disabled=table.disabled_capabilities,
+            where=lambda key, name=name: settings.locate("backends", name, key),
+            drivers=drivers,
+            host=host,
+        )
+        for name, table in settings.backends.items()
+    ]
+    return Backends(opened, default=settings.default_backends)
+
+
+def ledger_path(settings: Settings) -> Path:
+    return settings.state_dir / "ledger.db"

@@ -1,0 +1,243 @@
+"""`volumectl doctor`: ledger, machine and storage compared, each difference named with what would be done about it.
+
+What is safe is done with `fix`. Data is deleted only when it is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from volumed.core.backends import Backend, Backends
+from volumed.core.bindings import Bindings
+from volumed.core.journal import Journal
+from volumed.core.locks import KeyedLocks
+from volumed.core.presence import Presence
+from volumed.core.reconcile import TABLE, Action, Desired, Reconciler
+from volumed.driver import Driver, Found, FoundSnapshot, SupportsSnapshots
+from volumed.errors import VolumedError
+from volumed.model import Snapshot, SnapshotState, Volume, VolumeId, VolumeState
+from volumed.store.repository import Repository
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """`id` names the finding again in another run. `destroys`: fixing it deletes data, so it must be named."""
+
+    id: str
+    kind: str  # orphan-volume, missing-storage, stuck-operation, ...
+    subject: str
+    text: str
+    action: str
+    destroys: bool = False
+    fixed: bool = False
+    error: str = ""
+
+
+class _Case(NamedTuple):
+    finding: Finding
+    fix: Callable[[], None] | None  # None: only a person can
+
+
+class Doctor:
+    def __init__(
+        self,
+        *,
+        node: str,
+        repository: Repository,
+        backends: Backends,
+        presence: Presence,
+        bindings: Bindings,
+        journal: Journal,
+        reconciler: Reconciler,
+        locks: KeyedLocks,
+    ) -> None:
+        self._node = node
+        self._repository = repository
+        self._backends = backends
+        self._presence = presence
+        self._bindings = bindings
+        self._journal = journal
+        self._reconciler = reconciler
+        self._locks = locks
+
+    def examine(self) -> list[Finding]:
+        return [case.finding for case in self._cases()]
+
+    def fix(self, wanted: Iterable[str] = (), *, destroy: Iterable[str] = ()) -> list[Finding]:
+        """Do what the findings' actions say: of those with the ids in `wanted`, or of all; data is deleted only for
+        those whose id is in `destroy`. Returns all findings, each with whether it is fixed, or why not."""
+        only, named = frozenset(wanted), frozenset(destroy)
+        return [self._treat(case, only=only, named=named) for case in list(self._cases())]
+
+    def _treat(self, case: _Case, *, only: frozenset[str], named: frozenset[str]) -> Finding:
+        finding = case.finding
+        chosen = finding.id in named if finding.destroys else (not only or finding.id in only)
+        if case.fix is None or not chosen:
+            return finding
+        try:
+            case.fix()
+        except VolumedError as error:
+            return msgspec.structs.replace(finding, error=str(error))
+        return msgspec.structs.replace(finding, fixed=True)
+
+    def _cases(self) -> Iterator[_Case]:
+        yield from self._operations()
+        yield from self._machine()
+        yield from self._strangers()
+        yield from self._containers()
+        for backend in self._backends.all():
+            try:
+                yield from self._storage(backend)
+            except VolumedError as error:
+                yield _only_report("backend-unavailable", f"backend {backend.name}", str(error), "repair the backend")
+
+    def _operations(self) -> Iterator[_Case]:
+        for operation in self._repository.operations():
+            if not operation.error:
+                continue  # it is running
+            volume = self._repository.volume(operation.volume_id)
+            name = volume.name if volume else operation.volume_id
+            yield _Case(
+                Finding(
+                    id=f"operation:{operation.volume_id}",
+                    kind="stuck-operation",
+                    subject=f"volume {name}",
+                    text=f"{operation.kind} begun {operation.started:%Y-%m-%d %H:%M:%S}Z stuck: {operation.error}",
+                    action="try to settle it again",
+                ),
+                lambda volume=volume: self._settle(volume),
+            )
+
+    def _settle(self, volume: Volume | None) -> None:
+        if volume is not None:
+            with self._locks.hold(volume.id, wait=5.0):
+                self._journal.settle(volume)
+
+    def _machine(self) -> Iterator[_Case]:
+        """Volumes whose presence on this node is not what their bindings ask for."""
+        bound = {binding.volume_id for binding in self._repository.bindings(node=self._node)}
+        present = self._presence.scan() | self._reconciler.mapped()
+        for volume_id in sorted(bound | present):
+            volume = self._repository.volume(volume_id)
+            if volume is None or volume.handle is None or volume.state is not VolumeState.READY:
+                continue
+            driver = self._backends.get(volume.backend).driver
+            observed = self._presence.observe(volume, driver)
+            action = TABLE[Desired.BOUND if volume_id in bound else Desired.UNBOUND, observed]
+            if action is Action.NOTHING:
+                continue
+            kind, text, remedy = _MACHINE[action]
+            finding = Finding(
+                id=f"{kind}:{volume_id}", kind=kind, subject=f"volume {volume.name}", text=text, action=remedy
+            )
+            fixable = action is not Action.REPORT
+            yield _Case(finding, (lambda ident=volume_id: self._reconciler.converge(ident)) if fixable else None)
+
+    def _strangers(self) -> Iterator[_Case]:
+        """What lies in our folder of mounts and belongs to no volume."""
+        mounted = self._presence.scan()
+        for path in sorted(self._presence.mounts_dir.iterdir()):
+            volume_id = VolumeId(path.name)
+            if self._repository.volume(volume_id) is not None:
+                continue
+            if volume_id in mounted:
+                text, action = "is mounted and belongs to no volume of the ledger", "unmount it"
+            else:
+                text, action = "is an empty mount point of no volume", "remove the empty folder"
+
+            def fix(path: Path = path) -> None:
+                self._presence.host.unmount(path)
+                path.rmdir()
+
+            finding = Finding(
+                id=f"stranger:{path.name}", kind="orphan-mount", subject=str(path), text=text, action=action
+            )
+            yield _Case(finding, fix)
+
+    def _containers(self) -> Iterator[_Case]:
+        for volume_id, container in sorted(self._bindings.missing_mounts()):
+            volume = self._repository.volume(VolumeId(volume_id))
+            name = volume.name if volume else volume_id
+            yield _only_report(
+                "mount-missing",
+                f"volume {name}",
+                f"container {container[:12]} runs on it and it is not mounted",
+                "restart the container",
+            )
+
+    def _storage(self, backend: Backend) -> Iterator[_Case]:
+        """The backend's volumes and snapshots beside the ledger's."""
+        there = {found.volume_id: found for found in backend.call(lambda: list(backend.driver.list()))}
+        known = {volume.id: volume for volume in self._repository.volumes() if volume.backend == backend.name}
+        for volume_id in sorted(there.keys() - known.keys()):
+            if self._repository.volume(volume_id) is None:  # not made since we looked
+                yield self._orphan(backend, there[volume_id])
+        for volume_id in sorted(known.keys() - there.keys()):
+            volume = self._repository.volume(volume_id)
+            if volume is not None and volume.state is VolumeState.READY:
+                yield _only_report(
+                    "missing-storage",
+                    f"volume {volume.name}",
+                    f"backend {backend.name} has nothing of it any more",
+                    f"put it back from a backup, or give it up: volumectl rm {volume.name}",
+                )
+        if isinstance(backend.driver, SupportsSnapshots):
+            yield from self._snapshots(backend, backend.driver)
+
+    def _snapshots(self, backend: Backend, driver: SupportsSnapshots) -> Iterator[_Case]:
+        there = {found.snapshot_id: found for found in backend.call(lambda: list(driver.list_snapshots()))}
+        known: dict[str, Snapshot] = {}
+        for snapshot in self._repository.snapshots():
+            volume = self._repository.volume(snapshot.volume_id)
+            if volume is not None and volume.backend == backend.name:
+                known[snapshot.id] = snapshot
+        for snapshot_id in sorted(there.keys() - known.keys()):
+            yield self._orphan_snapshot(backend, driver, there[snapshot_id])
+        for snapshot_id in sorted(known.keys() - there.keys()):
+            if known[snapshot_id].state is SnapshotState.READY:
+                yield _only_report(
+                    "missing-storage",
+                    f"snapshot {known[snapshot_id].name}",
+                    f"backend {backend.name} has nothing of it any more",
+                    "remove the snapshot",
+                )
+
+    def _orphan(self, backend: Backend, found: Found) -> _Case:
+        finding = Finding(
+            id=f"orphan:{backend.name}:{found.volume_id}",
+            kind="orphan-volume",
+            subject=f"backend {backend.name}",
+            text=f"holds {found.volume_id}, which the ledger does not know",
+            action="delete it with its data",
+            destroys=True,
+        )
+        return _Case(finding, lambda: _destroy(backend, backend.driver, found))
+
+    def _orphan_snapshot(self, backend: Backend, driver: SupportsSnapshots, found: FoundSnapshot) -> _Case:
+        finding = Finding(
+            id=f"orphan:{backend.name}:{found.snapshot_id}",
+            kind="orphan-snapshot",
+            subject=f"backend {backend.name}",
+            text=f"holds snapshot {found.snapshot_id}, which the ledger does not know",
+            action="delete it with its data",
+            destroys=True,
+        )
+        return _Case(finding, lambda: backend.call(lambda: driver.delete_snapshot(found.handle)))
+
+
+_MACHINE = {
+    Action.MOUNT: ("not-mounted", "is bound and not mounted", "mount it"),
+    Action.UNMOUNT: ("not-bound", "is present on this node and nobody is bound to it", "unmount it"),
+    Action.REPORT: ("foreign-mount", "something else is mounted at its path", "look at it, and unmount it by hand"),
+}
+
+
+def _destroy(backend: Backend, driver: Driver, found: Found) -> None:
+    backend.call(lambda: driver.delete(found.handle))
+
+
+def _only_report(kind: str, subject: str, text: str, action: str) -> _Case:
+    return _Case(Finding(id=f"{kind}:{subject}", kind=kind, subject=subject, text=text, action=action), None)

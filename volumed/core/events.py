@@ -1,0 +1,67 @@
+"""What happened, for `volumectl events` and for the log: the last thousand in memory, and a queue per listener."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator
+from datetime import datetime
+
+import msgspec
+
+from volumed.model import now
+
+_log = logging.getLogger(__name__)
+
+KEPT = 1000
+# A listener that does not read loses the newest events, never the daemon its memory.
+LISTENER_BACKLOG = 10_000
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    id: int
+    at: datetime
+    kind: str  # volume.created, binding.vanished, mount.missing, ...
+    subject: str  # the volume's name, the backend's, ...
+    text: str
+    fields: dict[str, str]
+
+
+class Events:
+    def __init__(self) -> None:
+        self._ids = itertools.count(1)
+        self._guard = threading.Lock()
+        self._recent: deque[Event] = deque(maxlen=KEPT)
+        self._listeners: set[queue.Queue[Event]] = set()
+
+    def publish(
+        self, kind: str, subject: str, text: str, *, level: int = logging.INFO, **fields: str | int | None
+    ) -> None:
+        shown = {key: str(value) for key, value in fields.items() if value is not None}
+        with self._guard:
+            event = Event(id=next(self._ids), at=now(), kind=kind, subject=subject, text=text, fields=shown)
+            self._recent.append(event)
+            for listener in self._listeners:
+                with contextlib.suppress(queue.Full):
+                    listener.put_nowait(event)
+        _log.log(level, "%s: %s", subject, text, extra={"event": kind, "volume": subject, **shown})
+
+    def recent(self, limit: int = KEPT) -> list[Event]:
+        """Oldest first."""
+        with self._guard:
+            return list(self._recent)[-limit:] if limit > 0 else []
+
+    @contextlib.contextmanager
+    def subscribe(self) -> Iterator[queue.Queue[Event]]:
+        listener: queue.Queue[Event] = queue.Queue(LISTENER_BACKLOG)
+        with self._guard:
+            self._listeners.add(listener)
+        try:
+            yield listener
+        finally:
+            with self._guard:
+                self._listeners.discard(listener)

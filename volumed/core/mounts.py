@@ -1,0 +1,233 @@
+"""Who holds a volume's mount on this node: bindings taken and given back, and the mount that follows from them.
+
+A binding is written before the volume is mounted and taken away before it is unmounted. So the ledger alone says
+what should be mounted, and after a crash at any instant `volumed.core.reconcile` makes the machine agree with it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from volumed.core.backends import Backend, Backends
+from volumed.core.events import Events
+from volumed.core.locks import KeyedLocks
+from volumed.core.presence import Presence
+from volumed.driver import BlockDriver, Capability
+from volumed.errors import InUse, NotFound, OperationPending, VolumedError
+from volumed.host.freeze import frozen
+from volumed.model import Binding, Consumer, Engine, HistoricBinding, Volume, VolumeId, VolumeState, now
+from volumed.store.repository import Repository
+from volumed.testing import crash
+
+# Longer than any file system needs to take a snapshot by reflink, shorter than a database's patience.
+FREEZE_TIMEOUT = 20.0
+
+
+class Mounts:
+    def __init__(
+        self,
+        *,
+        node: str,
+        repository: Repository,
+        backends: Backends,
+        presence: Presence,
+        locks: KeyedLocks,
+        events: Events,
+    ) -> None:
+        self.node = node
+        self.presence = presence
+        self._repository = repository
+        self._backends = backends
+        self._locks = locks
+        self._events = events
+
+    def path(self, volume_id: VolumeId) -> Path | None:
+        """Where the volume is mounted on this node, or None. From memory: touches no storage."""
+        return self.presence.path(volume_id) if volume_id in self.presence.mounted_ids() else None
+
+    def mounted_ids(self) -> Set[VolumeId]:
+        return self.presence.mounted_ids()
+
+    def acquire(self, volume: Volume, *, engine: Engine, mount_id: str, consumer: Consumer | None = None) -> Path:
+        """Bind the consumer to the volume and return the path it is mounted at.
+
+        The same hold taken again is counted. When the caller's deadline passes first, the hold is given back as soon
+        as the mount is there: nobody waits for it any more. Raises what mounting raises, and then nothing is held.
+        """
+        backend = self._backends.get(volume.backend)
+
+        def give_back(_: Path) -> None:
+            self._release(volume.id, backend, engine=engine, mount_id=mount_id, reason="abandoned")
+
+        return backend.call(
+            lambda: self._acquire(volume.id, backend, engine=engine, mount_id=mount_id, consumer=consumer),
+            late=give_back,
+        )
+
+    def _acquire(
+        self, volume_id: VolumeId, backend: Backend, *, engine: Engine, mount_id: str, consumer: Consumer | None
+    ) -> Path:
+        with self._locks.hold(volume_id):
+            volume = self._usable(volume_id)
+            held = self._repository.binding(volume_id, node=self.node, engine=engine, mount_id=mount_id)
+            if held is None:
+                consumers = (consumer,) if consumer else ()
+                taken = Binding(
+                    volume_id=volume_id,
+                    node=self.node,
+                    engine=engine,
+                    mount_id=mount_id,
+                    since=now(),
+                    consumers=consumers,
+                )
+            else:
+                taken = msgspec.structs.replace(held, count=held.count + 1)
+            with self._repository.transaction() as transaction:
+                transaction.put(taken)
+            crash.point("mount.bound")
+            try:
+                return self.presence.establish(volume, backend.driver)
+            except BaseException:
+                with self._repository.transaction() as transaction:
+                    if held is None:
+                        transaction.delete(taken)
+                    else:
+                        transaction.put(msgspec.structs.replace(taken, count=held.count))
+                raise
+
+    def release(self, volume: Volume, *, engine: Engine, mount_id: str) -> None:
+        """Give one hold back; the last one unmounts. Raises NotFound when there is no such hold."""
+        backend = self._backends.get(volume.backend)
+        backend.call(lambda: self._release(volume.id, backend, engine=engine, mount_id=mount_id, reason="released"))
+
+    def _release(self, volume_id: VolumeId, backend: Backend, *, engine: Engine, mount_id: str, reason: str) -> None:
+        with self._locks.hold(volume_id):
+            held = self._repository.binding(volume_id, node=self.node, engine=engine, mount_id=mount_id)
+            if held is None:
+                raise NotFound(
+                    f"is not mounted for {engine} by the id {mount_id[:80]}", subject=f"volume {volume_id}"
+                )
+            if held.count > 1:
+                with self._repository.transaction() as transaction:
+                    transaction.put(msgspec.structs.replace(held, count=held.count - 1))
+                return
+            self._end(held, backend, reason=reason)
+
+    def drop(self, binding: Binding, *, reason: str) -> None:
+        """End a binding whatever its count: its consumer is gone."""
+        volume = self._repository.volume(binding.volume_id)
+        if volume is None:
+            with self._repository.transaction() as transaction:
+                transaction.delete(binding)
+            return
+        backend = self._backends.get(volume.backend)
+
+        def job() -> None:
+            with self._locks.hold(volume.id):
+                held = self._repository.binding(
+                    volume.id, node=binding.node, engine=binding.engine, mount_id=binding.mount_id
+                )
+                if held is not None:
+                    self._end(held, backend, reason=reason)
+
+        backend.call(job)
+
+    def _end(self, binding: Binding, backend: Backend, *, reason: str) -> None:
+        volume = self._repository.volume(binding.volume_id)
+        with self._repository.transaction() as transaction:
+            transaction.delete(binding)
+            transaction.put(_ended(binding, volume, reason=reason))
+        crash.point("unmount.unbound")
+        if volume is not None:
+            self.settle(volume, backend)
+
+    def settle(self, volume: Volume, backend: Backend) -> None:
+        """Unmount the volume when nothing is bound to it. A process that still holds it keeps it mounted: that is
+        said, and tried again by the next reconciliation. The caller holds the volume's lock."""
+        if self._repository.bindings(volume.id, node=self.node):
+            return
+        try:
+            self.presence.remove(volume, backend.driver)
+        except InUse as error:
+            self._events.publish("mount.held", volume.name, str(error), level=logging.WARNING)
+        except VolumedError as error:
+            self._events.publish("unmount.failed", volume.name, str(error), level=logging.ERROR)
+
+    @contextmanager
+    def unmounted(self, volume: Volume, backend: Backend) -> Iterator[None]:
+        """The volume is used by nobody and not mounted. The caller holds its lock. Raises InUse, saying by whom."""
+        holders = self.holders(volume)
+        if holders:
+            raise InUse("is in use by", holders=holders, subject=f"volume {volume.name}")
+        self.presence.remove(volume, backend.driver)
+        yield
+
+    @contextmanager
+    def quiescent(self, volume: Volume, backend: Backend, *, live: Capability) -> Iterator[None]:
+        """No write reaches the volume's storage inside. The caller holds its lock.
+
+        A mounted block volume is frozen, if its backend is quick enough (`live`); a tree driver's snapshots are atomic
+        by themselves. Raises InUse when only an unmounted volume could be copied.
+        """
+        holders = self.holders(volume)
+        if not holders:
+            self.presence.remove(volume, backend.driver)
+            yield
+            return
+        if live not in backend.capabilities:
+            reason = backend.lacking.get(
+                live, f"backend {backend.name} cannot copy a volume that is being written to"
+            )
+            raise InUse(
+                "is in use by", holders=holders, subject=f"volume {volume.name}", hint=f"stop them first: {reason}"
+            )
+        if isinstance(backend.driver, BlockDriver) and volume.id in self.presence.mounted_ids():
+            with frozen(self.presence.host, self.presence.path(volume.id), timeout=FREEZE_TIMEOUT):
+                yield
+        else:
+            yield
+
+    def holders(self, volume: Volume) -> list[str]:
+        """Each hold of the volume, on any node, for people."""
+        return [
+            describe(binding, consumer)
+            for binding in self._repository.bindings(volume.id)
+            for consumer in binding.consumers or (None,)
+        ]
+
+    def _usable(self, volume_id: VolumeId) -> Volume:
+        volume = self._repository.volume(volume_id)
+        if volume is None:
+            raise NotFound("was removed a moment ago", subject=f"volume {volume_id}")
+        if volume.state is not VolumeState.READY:
+            raise OperationPending(f"is {volume.state}", subject=f"volume {volume.name}", hint="try again later")
+        return volume
+
+
+def describe(binding: Binding, consumer: Consumer | None) -> str:
+    """`docker container web-1 (pid 4121) at /data`, or what is known of it."""
+    where = f" on node {binding.node}" if binding.node else ""
+    if consumer is None:
+        return f"{binding.engine} by mount id {binding.mount_id[:12]}{where}"
+    pid = f" (pid {consumer.pid})" if consumer.pid else ""
+    target = f" at {consumer.target}" if consumer.target else ""
+    return f"{binding.engine} container {consumer.name or consumer.id[:12]}{pid}{target}{where}"
+
+
+def _ended(binding: Binding, volume: Volume | None, *, reason: str) -> HistoricBinding:
+    return HistoricBinding(
+        volume_id=binding.volume_id,
+        volume_name=volume.name if volume else "",
+        node=binding.node,
+        engine=binding.engine,
+        mount_id=binding.mount_id,
+        since=binding.since,
+        until=now(),
+        reason=reason,
+        consumers=binding.consumers,
+    )

@@ -1,0 +1,34 @@
+"""What may be called what. Names are for people: storage never sees one, and no name ever becomes a path."""
+
+from __future__ import annotations
+
+import re
+
+from volumed.errors import InvalidRequest
+
+# Docker's own rule for volume names, bounded as its plugin protocol and file names are.
+MAX_NAME = 255
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
+MAX_LABELS = 64
+MAX_LABEL = 4096
+
+
+def check_name(name: str, *, what: str = "volume") -> None:
+    """Raises InvalidRequest, saying which rule the name breaks."""
+    if len(name) > MAX_NAME:
+        raise InvalidRequest(f"a {what} name has at most {MAX_NAME} characters, this one has {len(name)}")
+    if _NAME.fullmatch(name) is None:
+        raise InvalidRequest(
+            f"{name!r} is no {what} name",
+            hint="use letters of ASCII, digits, `_`, `.` and `-`, and begin with a letter or digit",
+        )
+
+
+def check_labels(labels: dict[str, str]) -> None:
+    if len(labels) > MAX_LABELS:
+        raise InvalidRequest(f"a volume has at most {MAX_LABELS} labels, these are {len(labels)}")
+    for key, value in labels.items():
+        if not key or len(key) > MAX_LABEL or len(value) > MAX_LABEL:
+            raise InvalidRequest(
+                f"label {key[:40]!r}: a key is not empty, and neither it nor its value over {MAX_LABEL}"
+            )

@@ -1,0 +1,171 @@
+"""One volume on this node: its tree mounted, or its device mapped, at the one path that volumed owns for it.
+
+Knows nothing of the ledger or of who asked. Each step bears being made again and being cut short anywhere: what a
+step left behind is seen by `observe` and finished by `establish` or taken away by `remove`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+from collections.abc import Set
+from pathlib import Path
+
+from volumed.driver import BlockDriver, Driver, FilesystemDriver, Host
+from volumed.errors import HostError, IntegrityError, MountFailed
+from volumed.host import filesystems
+from volumed.model import Handle, Ownership, Volume, VolumeId, VolumeMode
+from volumed.testing import crash
+
+
+class Observed(enum.StrEnum):
+    """What the machine shows of a volume."""
+
+    ABSENT = "absent"
+    MAPPED = "mapped"  # the device is there, the mount is not
+    MOUNTED = "mounted"
+    FOREIGN = "foreign"  # something else lies at the volume's path
+
+
+def handle_of(volume: Volume) -> Handle:
+    """Raises IntegrityError for a volume that never got one: it was not finished, so nobody may use it."""
+    if volume.handle is None:
+        raise IntegrityError("the ledger knows no storage of this volume", subject=f"volume {volume.name}")
+    return volume.handle
+
+
+class Presence:
+    def __init__(self, host: Host, mounts_dir: Path) -> None:
+        self.host = host
+        self.mounts_dir = mounts_dir
+        self._mounted: set[VolumeId] = set()  # a memory of the mount table, renewed by every `scan`
+
+    def path(self, volume_id: VolumeId) -> Path:
+        return self.mounts_dir / volume_id
+
+    def mounted_ids(self) -> Set[VolumeId]:
+        return self._mounted
+
+    def scan(self) -> set[VolumeId]:
+        """Read the mount table: the volumes that have something mounted at their path."""
+        found = {
+            VolumeId(entry.target.name) for entry in self.host.mounts() if entry.target.parent == self.mounts_dir
+        }
+        self._mounted = found
+        return set(found)
+
+    def observe(self, volume: Volume, driver: Driver) -> Observed:
+        handle, target = handle_of(volume), self.path(volume.id)
+        if isinstance(driver, FilesystemDriver):
+            if not self.host.is_mountpoint(target):
+                return Observed.ABSENT
+            return Observed.MOUNTED if driver.owns_mount(handle, target) else Observed.FOREIGN
+        if not isinstance(driver, BlockDriver):
+            raise TypeError(type(driver).__name__)
+        device = driver.mapped(handle)
+        if not self.host.is_mountpoint(target):
+            return Observed.ABSENT if device is None else Observed.MAPPED
+        if device is None or target.stat().st_dev != device.stat().st_rdev:
+            return Observed.FOREIGN
+        return Observed.MOUNTED
+
+    def establish(self, volume: Volume, driver: Driver) -> Path:
+        """The volume's path, with the volume at it. Raises MountFailed, BackendError and what the driver raises."""
+        target, handle = self.path(volume.id), handle_of(volume)
+        if volume.id in self._mounted and self.host.is_mountpoint(target):
+            return target
+        if self.host.is_mountpoint(target):
+            self._adopt(volume, driver)
+            return target
+        target.mkdir(mode=0o700, exist_ok=True)
+        try:
+            if isinstance(driver, FilesystemDriver):
+                driver.mount(handle, target, options=volume.mount_options, readonly=False)
+            elif isinstance(driver, BlockDriver):
+                self._mount_device(volume, driver, handle, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                target.rmdir()
+            raise
+        self._mounted.add(volume.id)
+        crash.point("mount.mounted")
+        return target
+
+    def _adopt(self, volume: Volume, driver: Driver) -> None:
+        """Somebody mounted it before us, most likely we before a crash. Never hand out what is not the volume."""
+        if self.observe(volume, driver) is not Observed.MOUNTED:
+            raise MountFailed(
+                f"something else is mounted at {self.path(volume.id)}",
+                subject=f"volume {volume.name}",
+                hint="run `volumectl doctor`",
+            )
+        self._mounted.add(volume.id)
+
+    def _mount_device(self, volume: Volume, driver: BlockDriver, handle: Handle, target: Path) -> None:
+        if volume.mode is VolumeMode.BLOCK or volume.filesystem is None:
+            raise MountFailed(
+                "is a raw block volume and has no tree to mount",
+                subject=f"volume {volume.name}",
+                hint="use it through an engine that takes block volumes",
+            )
+        device = driver.map(handle)
+        crash.point("mount.mapped")
+        try:
+            kind = filesystems.get(volume.filesystem)
+            kind.check(self.host, device)
+            options = (*kind.mount_options, *volume.mount_options)
+            self.host.mount(device, target, fstype=volume.filesystem, options=options)
+        except BaseException:
+            with contextlib.suppress(HostError):
+                driver.unmap(handle)
+            raise
+
+    def remove(self, volume: Volume, driver: Driver) -> None:
+        """Nothing of the volume on this node any more. Raises InUse while a process holds it."""
+        if volume.handle is None:
+            return
+        target = self.path(volume.id)
+        if isinstance(driver, FilesystemDriver):
+            driver.unmount(volume.handle, target)
+        else:
+            self.host.unmount(target)
+        self._mounted.discard(volume.id)
+        crash.point("unmount.unmounted")
+        if isinstance(driver, BlockDriver):
+            driver.unmap(volume.handle)
+        with contextlib.suppress(FileNotFoundError):
+            target.rmdir()
+
+    def format(self, volume: Volume, driver: BlockDriver) -> None:
+        """A new file system on a new volume, and the root of its tree as it was asked for."""
+        if volume.filesystem is None:
+            return
+        device = driver.map(handle_of(volume))
+        filesystems.get(volume.filesystem).mkfs(self.host, device, options=volume.mkfs_options)
+        crash.point("create.formatted")
+
+    def renew(self, volume: Volume, driver: BlockDriver) -> None:
+        """Make the file system of a copy its own: another identity than its original's, as large as its device."""
+        if volume.filesystem is None:
+            return
+        device = driver.map(handle_of(volume))
+        kind = filesystems.get(volume.filesystem)
+        kind.check(self.host, device)
+        kind.new_identity(self.host, device)
+        path = self.establish(volume, driver)
+        kind.grow(self.host, device, path)
+
+    def initialise_root(self, volume: Volume, driver: Driver) -> None:
+        """Owner and mode of the tree's root; and empty, or Docker would not fill it from the image."""
+        path = self.establish(volume, driver)
+        with contextlib.suppress(FileNotFoundError):
+            (path / "lost+found").rmdir()
+        apply_ownership(path, volume.ownership)
+
+
+def apply_ownership(path: Path, ownership: Ownership) -> None:
+    if ownership.uid is not None or ownership.gid is not None:
+        os.chown(path, -1 if ownership.uid is None else ownership.uid, -1 if ownership.gid is None else ownership.gid)
+    if ownership.mode is not None:
+        path.chmod(ownership.mode)

@@ -1,0 +1,140 @@
+"""The storage's part of a volume's life: made from nothing or from another's data, grown, destroyed.
+
+Nothing here knows the ledger. Each step bears being made again after a crash (`volumed.core.journal`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+
+from volumed.core.backends import Backend
+from volumed.core.locks import KeyedLocks
+from volumed.core.mounts import Mounts
+from volumed.core.options import read_options
+from volumed.core.presence import Presence, handle_of
+from volumed.driver import (
+    BlockDriver,
+    Capability,
+    CreatedVolume,
+    Driver,
+    SupportsClone,
+    SupportsExpand,
+    SupportsSnapshots,
+    VolumeSpec,
+)
+from volumed.errors import IntegrityError, InvalidRequest, NotFound, NotSupported, OutOfRange
+from volumed.host import filesystems
+from volumed.model import Ownership, Snapshot, Volume, VolumeMode, VolumeState
+from volumed.testing import crash
+
+
+class Origin(NamedTuple):
+    """Where a new volume's data comes from: a volume as it is now, or a snapshot of it."""
+
+    volume: Volume
+    snapshot: Snapshot | None = None
+
+    def fit(self, *, size: int | None, mode: VolumeMode, filesystem: str) -> tuple[int | None, str]:
+        """Size and file system of the new volume. Raises when what was asked for cannot come out of this data."""
+        subject = f"volume {self.volume.name}"
+        least = self.snapshot.size if self.snapshot else self.volume.size
+        if size is not None and least is not None and size < least:
+            raise OutOfRange(
+                f"holds {least} bytes, which do not fit into {size}", subject=subject, hint="ask for a larger size"
+            )
+        own = self.volume.filesystem or ""
+        if filesystem and filesystem != own:
+            raise InvalidRequest(f"is {own or 'a folder'} and its copy cannot be {filesystem}", subject=subject)
+        if mode is not self.volume.mode:
+            raise InvalidRequest(f"is a {self.volume.mode} volume and its copy cannot be {mode}", subject=subject)
+        return (size if size is not None else least), own
+
+
+class Provision:
+    def __init__(self, *, presence: Presence, mounts: Mounts, locks: KeyedLocks) -> None:
+        self._presence = presence
+        self._mounts = mounts
+        self._locks = locks
+
+    def make(self, volume: Volume, backend: Backend, origin: Origin | None) -> Volume:
+        """The volume on its storage, ready to be mounted; the record returned has its handle and its real size."""
+        driver = backend.driver
+        options = read_options(driver.VolumeOptions, volume.options, subject=f"backend {backend.name}")
+        spec = VolumeSpec(id=volume.id, size=volume.size, mode=volume.mode, options=options)
+        made = self._copy(spec, backend, origin) if origin else driver.create(spec)
+        crash.point("create.stored")
+        ready = msgspec.structs.replace(volume, handle=made.handle, size=made.size, state=VolumeState.READY)
+        if volume.mode is VolumeMode.FILESYSTEM:
+            self._prepare(ready, driver, copied=origin is not None)
+        return ready
+
+    def _prepare(self, volume: Volume, driver: Driver, *, copied: bool) -> None:
+        try:
+            if isinstance(driver, BlockDriver):
+                if copied:
+                    self._presence.renew(volume, driver)
+                else:
+                    self._presence.format(volume, driver)
+                    self._presence.initialise_root(volume, driver)
+            if volume.ownership != Ownership():
+                self._presence.initialise_root(volume, driver)
+            crash.point("create.initialised")
+        finally:
+            if isinstance(driver, BlockDriver) or volume.ownership != Ownership():
+                self._presence.remove(volume, driver)
+
+    def _copy(self, spec: VolumeSpec, backend: Backend, origin: Origin) -> CreatedVolume:
+        driver = backend.driver
+        if origin.snapshot is not None:
+            if not isinstance(driver, SupportsSnapshots) or origin.snapshot.handle is None:
+                raise NotSupported("cannot restore snapshots", subject=f"backend {backend.name}")
+            return driver.create_from_snapshot(origin.snapshot.handle, spec)
+        if not isinstance(driver, SupportsClone):
+            raise NotSupported("cannot clone", subject=f"backend {backend.name}")
+        source = origin.volume
+        with (
+            self._locks.hold(source.id, subject=f"volume {source.name}"),
+            self._mounts.quiescent(source, backend, live=Capability.CLONE_LIVE),
+        ):
+            return driver.clone(handle_of(source), spec)
+
+    def destroy(self, volume: Volume, backend: Backend) -> None:
+        """Remove the data, or whatever a cut-short `make` left of it. Nothing may hold the volume."""
+        handle = volume.handle or backend.driver.find(volume.id)
+        if handle is None:
+            return
+        self._presence.remove(msgspec.structs.replace(volume, handle=handle), backend.driver)
+        crash.point("delete.absent")
+        backend.driver.delete(handle)
+
+    def withdraw(self, volume: Volume, backend: Backend) -> None:
+        """Take the volume from this node. Raises InUse."""
+        self._presence.remove(volume, backend.driver)
+
+    def expand(self, volume: Volume, backend: Backend, size: int) -> Volume:
+        """Storage, device and file system as large as `size`, mounted or not."""
+        driver = backend.driver
+        if not isinstance(driver, SupportsExpand):
+            raise NotSupported("cannot expand", subject=f"backend {backend.name}")
+        actual = driver.expand(handle_of(volume), size)
+        crash.point("expand.stored")
+        if isinstance(driver, BlockDriver) and volume.filesystem:
+            used_now = volume.id in self._presence.mounted_ids()
+            path = self._presence.establish(volume, driver)
+            try:
+                filesystems.get(volume.filesystem).grow(self._presence.host, driver.map(handle_of(volume)), path)
+            finally:
+                if not used_now:
+                    self._presence.remove(volume, driver)
+        return msgspec.structs.replace(volume, size=actual)
+
+    def used(self, volume: Volume, backend: Backend) -> int | None:
+        """Bytes on storage. Raises IntegrityError when the storage has lost the volume."""
+        try:
+            return backend.call(lambda: backend.driver.inspect(handle_of(volume))).used
+        except NotFound as error:
+            raise IntegrityError(
+                f"its storage is gone: {error.text}", subject=f"volume {volume.name}", hint="run `volumectl doctor`"
+            ) from None

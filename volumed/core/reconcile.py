@@ -1,0 +1,160 @@
+"""What should be mounted on this node, what is, and the one small action for each pair of the two.
+
+Converging, not scripting: it runs at start, when the mount table changed, and on a timer, and does nothing when the
+ledger and the machine agree. The table is complete by test.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+from collections.abc import Callable, Mapping
+
+from volumed.core.backends import Backend, Backends
+from volumed.core.events import Events
+from volumed.core.locks import KeyedLocks
+from volumed.core.mounts import Mounts
+from volumed.core.presence import Observed, Presence
+from volumed.driver import BlockDriver
+from volumed.errors import InUse, OperationPending, VolumedError
+from volumed.model import Volume, VolumeId, VolumeState
+from volumed.store.repository import Repository
+
+_log = logging.getLogger(__name__)
+
+
+class Desired(enum.StrEnum):
+    BOUND = "bound"  # somebody on this node holds it
+    UNBOUND = "unbound"
+
+
+class Action(enum.StrEnum):
+    NOTHING = "nothing"
+    MOUNT = "mount"
+    UNMOUNT = "unmount"
+    REPORT = "report"  # what lies there is not ours to touch
+
+
+TABLE: Mapping[tuple[Desired, Observed], Action] = {
+    (Desired.BOUND, Observed.ABSENT): Action.MOUNT,
+    (Desired.BOUND, Observed.MAPPED): Action.MOUNT,
+    (Desired.BOUND, Observed.MOUNTED): Action.NOTHING,
+    (Desired.BOUND, Observed.FOREIGN): Action.REPORT,
+    (Desired.UNBOUND, Observed.ABSENT): Action.NOTHING,
+    (Desired.UNBOUND, Observed.MAPPED): Action.UNMOUNT,
+    (Desired.UNBOUND, Observed.MOUNTED): Action.UNMOUNT,
+    (Desired.UNBOUND, Observed.FOREIGN): Action.REPORT,
+}
+
+
+class Reconciler:
+    def __init__(
+        self,
+        *,
+        node: str,
+        repository: Repository,
+        backends: Backends,
+        presence: Presence,
+        mounts: Mounts,
+        locks: KeyedLocks,
+        events: Events,
+        observe: Callable[[str], None],
+    ) -> None:
+        """`observe` is told every action taken."""
+        self._node = node
+        self._repository = repository
+        self._backends = backends
+        self._presence = presence
+        self._mounts = mounts
+        self._locks = locks
+        self._events = events
+        self._observe = observe
+
+    def run(self, *, thorough: bool = True) -> None:
+        """Bring the machine to what the ledger says. `thorough` looks at every bound and every present volume; else
+        only at those where ledger and mount table differ at first sight. Errors of one volume stop no other."""
+        bound = {binding.volume_id for binding in self._repository.bindings(node=self._node)}
+        mounted = self._presence.scan()
+        suspects = bound ^ mounted
+        if thorough:
+            suspects = bound | mounted | self.mapped()
+        by_backend: dict[str, list[Volume]] = {}
+        for volume_id in suspects:
+            volume = self._repository.volume(volume_id)
+            if volume is not None and volume.handle is not None:
+                by_backend.setdefault(volume.backend, []).append(volume)
+        for name, volumes in by_backend.items():
+            try:
+                self._backends.get(name).call(lambda volumes=volumes: self._converge_all(volumes))
+            except VolumedError as error:
+                _log.warning("backend %s: reconciling goes on later: %s", name, error, extra={"backend": name})
+
+    def mapped(self) -> set[VolumeId]:
+        """Volumes whose device is on this node, mounted or not."""
+        found: set[VolumeId] = set()
+        for backend in self._backends.all():
+            driver = backend.driver
+            if isinstance(driver, BlockDriver) and backend.health.ok:
+                try:
+                    found |= set(backend.call(driver.mappings))
+                except VolumedError as error:
+                    _log.warning("backend %s: %s", backend.name, error, extra={"backend": backend.name})
+        return found
+
+    def _converge_all(self, volumes: list[Volume]) -> None:
+        for volume in volumes:
+            try:
+                self.converge(volume.id)
+            except OperationPending:
+                continue  # somebody is at it, and will leave it in order
+            except VolumedError as error:
+                _log.error("volume %s: %s", volume.name, error, extra={"volume": volume.name})
+            except Exception:
+                _log.exception("volume %s: reconciling failed", volume.name, extra={"volume": volume.name})
+
+    def converge(self, volume_id: VolumeId) -> None:
+        """One volume. Raises OperationPending while somebody else is at it."""
+        with self._locks.hold(volume_id, wait=0.0):
+            volume = self._repository.volume(volume_id)
+            if volume is None or volume.state is not VolumeState.READY or self._repository.operation(volume_id):
+                return  # the journal's, not ours
+            backend = self._backends.get(volume.backend)
+            held = self._repository.bindings(volume_id, node=self._node)
+            desired = Desired.BOUND if held else Desired.UNBOUND
+            observed = self._presence.observe(volume, backend.driver)
+            self._act(TABLE[desired, observed], volume, backend)
+
+    def _act(self, action: Action, volume: Volume, backend: Backend) -> None:
+        if action is Action.NOTHING:
+            return
+        self._observe(action)
+        if action is Action.MOUNT:
+            self._presence.establish(volume, backend.driver)
+            self._events.publish("mount.repaired", volume.name, "is bound and was not mounted: mounted it again")
+        elif action is Action.UNMOUNT:
+            try:
+                self._presence.remove(volume, backend.driver)
+            except InUse as error:
+                _log.warning("%s", error, extra={"volume": volume.name})
+                return
+            self._events.publish("mount.removed", volume.name, "nobody is bound to it: unmounted it")
+        elif action is Action.REPORT:
+            self._events.publish(
+                "mount.foreign",
+                volume.name,
+                f"something that is not this volume is mounted at {self._presence.path(volume.id)}",
+                level=logging.ERROR,
+            )
+
+    def release_all(self) -> None:
+        """Unmount every volume on this node, bound or not, as far as no process holds it: the machine goes down."""
+        for volume_id in sorted(self._presence.scan() | self.mapped()):
+            volume = self._repository.volume(volume_id)
+            if volume is None:
+                continue
+            backend = self._backends.get(volume.backend)
+            try:
+                with self._locks.hold(volume_id, wait=5.0):
+                    self._presence.remove(volume, backend.driver)
+            except VolumedError as error:
+                _log.error("%s", error, extra={"volume": volume.name})

@@ -1,0 +1,87 @@
+"""How full volumes are. Looked up on a timer and on demand, remembered, so that whoever only reads never waits."""
+
+from __future__ import annotations
+
+import logging
+import os
+from datetime import datetime
+
+import msgspec
+
+from volumed import context
+from volumed.core.backends import Backend, Backends
+from volumed.core.presence import Presence, handle_of
+from volumed.driver import BlockDriver
+from volumed.errors import CommandFailed, VolumedError
+from volumed.model import Volume, VolumeId, VolumeMode, now
+from volumed.store.repository import Repository
+
+_log = logging.getLogger(__name__)
+COUNTING_TIMEOUT = 30.0
+
+
+class UsageSample(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes. `total` is None for a volume without a size; `used` is None when it could not be told."""
+
+    used: int | None
+    total: int | None
+    at: datetime
+
+
+class Usage:
+    def __init__(self, *, repository: Repository, backends: Backends, presence: Presence) -> None:
+        self._repository = repository
+        self._backends = backends
+        self._presence = presence
+        self._samples: dict[VolumeId, UsageSample] = {}
+
+    def latest(self, volume_id: VolumeId) -> UsageSample | None:
+        return self._samples.get(volume_id)
+
+    def refresh(self, volume: Volume, *, count: bool = True) -> UsageSample:
+        """Look now. `count`: walk the tree when its storage does not keep count of it. Raises what the storage does."""
+        backend = self._backends.get(volume.backend)
+        sample = backend.call(lambda: self._look(volume, backend, count=count))
+        self._samples[volume.id] = sample
+        return sample
+
+    def refresh_mounted(self) -> None:
+        """On the timer: every mounted volume whose usage costs no walk; what is gone is forgotten."""
+        mounted = set(self._presence.mounted_ids())
+        self._samples = {key: sample for key, sample in self._samples.items() if key in mounted}
+        for volume_id in mounted:
+            volume = self._repository.volume(volume_id)
+            if volume is None:
+                continue
+            try:
+                with context.request(timeout=5.0):
+                    self.refresh(volume, count=False)
+            except VolumedError as error:
+                _log.debug("usage of %s: %s", volume.name, error)
+
+    def _look(self, volume: Volume, backend: Backend, *, count: bool) -> UsageSample:
+        path = self._presence.path(volume.id)
+        mounted = volume.id in self._presence.mounted_ids()
+        if mounted and isinstance(backend.driver, BlockDriver) and volume.mode is VolumeMode.FILESYSTEM:
+            room = os.statvfs(path)
+            used = (room.f_blocks - room.f_bfree) * room.f_frsize
+            return UsageSample(used=used, total=room.f_blocks * room.f_frsize, at=now())
+        facts = backend.driver.inspect(handle_of(volume))
+        used_there = facts.used
+        if used_there is None and count:
+            used_there = self._count(volume, mounted=mounted)
+        return UsageSample(used=used_there, total=facts.size, at=now())
+
+    def _count(self, volume: Volume, *, mounted: bool) -> int | None:
+        """Walk the tree, in a child that can be killed. Not mounted: not counted, mounting it would be a change."""
+        if not mounted:
+            return None
+        try:
+            told = self._presence.host.run(
+                ["du", "--summarize", "--block-size=1", "--one-file-system", self._presence.path(volume.id)],
+                timeout=COUNTING_TIMEOUT,
+            )
+        except CommandFailed as error:  # a file that vanished while du looked
+            _log.debug("du of %s: %s", volume.name, error)
+            return None
+        return int(told.stdout.split()[0])

@@ -1,0 +1,335 @@
+"""Volumes: made, found, grown and removed. Every change is journalled before it touches storage."""
+
+from __future__ import annotations
+
+import msgspec
+
+from volumed.core.backends import Backend, Backends
+from volumed.core.events import Events
+from volumed.core.journal import Journal
+from volumed.core.locks import KeyedLocks
+from volumed.core.mounts import Mounts
+from volumed.core.names import check_labels, check_name
+from volumed.core.options import nearest, option_keys, read_options
+from volumed.core.placement import DEFAULT_FILESYSTEM, DEFAULT_SIZE, choose_backend
+from volumed.core.provision import Origin, Provision
+from volumed.driver import BlockDriver, Capability, SupportsExpand
+from volumed.errors import AlreadyExists, InUse, InvalidRequest, NotFound, NotSupported, OutOfRange
+from volumed.host import filesystems
+from volumed.model import (
+    OperationKind,
+    Ownership,
+    SnapshotState,
+    Volume,
+    VolumeId,
+    VolumeMode,
+    VolumeState,
+    new_volume_id,
+    now,
+)
+from volumed.store.repository import Repository
+from volumed.testing import crash
+
+
+class CreateVolume(msgspec.Struct, frozen=True, kw_only=True):
+    """What was asked for. Left out is left to the backend."""
+
+    name: str
+    backend: str = ""
+    size: int | None = None
+    mode: VolumeMode = VolumeMode.FILESYSTEM
+    filesystem: str = ""
+    mkfs_options: tuple[str, ...] = ()
+    mount_options: tuple[str, ...] = ()
+    ownership: Ownership = Ownership()
+    source: str = ""  # `volume` to clone it, `volume@snapshot` for a snapshot's data
+    labels: dict[str, str] = {}
+    options: dict[str, str] = {}  # the driver's own
+
+
+class Removal(msgspec.Struct, frozen=True, kw_only=True):
+    """What a removal destroyed, or would."""
+
+    volume: Volume
+    used: int | None  # bytes; None when only counting the tree would tell
+
+
+class Volumes:
+    def __init__(
+        self,
+        *,
+        repository: Repository,
+        backends: Backends,
+        mounts: Mounts,
+        locks: KeyedLocks,
+        journal: Journal,
+        provision: Provision,
+        events: Events,
+    ) -> None:
+        self._repository = repository
+        self._backends = backends
+        self._mounts = mounts
+        self._locks = locks
+        self._journal = journal
+        self._provision = provision
+        self._events = events
+
+    # Looking
+    def get(self, reference: str) -> Volume:
+        """By name, else by id. Raises NotFound."""
+        volume = self._repository.volume_by_name(reference) or self._repository.volume(reference)
+        if volume is None:
+            raise NotFound("there is no such volume", subject=f"volume {reference[:100]}")
+        return volume
+
+    def _by_id(self, volume_id: VolumeId) -> Volume:
+        """Never by name: a volume may be named like another's id."""
+        volume = self._repository.volume(volume_id)
+        if volume is None:
+            raise NotFound("was removed a moment ago", subject=f"volume {volume_id}")
+        return volume
+
+    def list(self, *, after: str = "", limit: int | None = None) -> list[Volume]:
+        """In the order of their ids; the next page is after the last one's id."""
+        return self._repository.volumes(after=after, limit=limit)
+
+    def names(self) -> list[tuple[str, VolumeId]]:
+        """Every name with its id; cheap, however many there are."""
+        return self._repository.volume_names()
+
+    def known_options(self) -> set[str]:
+        """The keys of every configured driver's volume options."""
+        return {key for backend in self._backends.all() for key in option_keys(backend.driver.VolumeOptions)}
+
+    # Making
+    def create(self, request: CreateVolume) -> Volume:
+        """The volume asked for; the one that is there when it is what was asked for.
+
+        Raises AlreadyExists when the name belongs to another kind of volume; InvalidRequest, NotSupported,
+        CapacityExhausted and what the backend raises, and then nothing is left behind.
+        """
+        check_name(request.name)
+        check_labels(request.labels)
+        existing = self._repository.volume_by_name(request.name)
+        if existing is not None and existing.state is VolumeState.READY:
+            return self._same(existing, request)
+        origin = self._origin(request)
+        backend = self._place(request, origin)
+        planned = self._plan(request, backend, origin)
+        return backend.call(lambda: self._create(request, planned, backend, origin))
+
+    def _create(self, request: CreateVolume, volume: Volume, backend: Backend, origin: Origin | None) -> Volume:
+        subject = f"volume {request.name}"
+        with self._locks.hold(f"name:{request.name}", subject=subject), self._locks.hold(volume.id):
+            existing = self._repository.volume_by_name(request.name)
+            if existing is not None:
+                with self._locks.hold(existing.id, subject=subject):
+                    existing = self._journal.settle(existing)  # an earlier attempt that was cut short
+            if existing is not None:
+                return self._same(existing, request)
+            with self._journal.recorded(OperationKind.CREATE, volume) as operation:
+                with self._repository.transaction() as transaction:
+                    transaction.put(volume)
+                    transaction.put(operation)
+                crash.point("create.reserved")
+                volume = self._provision.make(volume, backend, origin)
+                crash.point("create.made")
+                with self._repository.transaction() as transaction:
+                    transaction.put(volume)
+                    transaction.delete(operation)
+            crash.point("create.committed")
+        self._events.publish(
+            "volume.created", volume.name, f"created on backend {backend.name}", backend=backend.name
+        )
+        return volume
+
+    def _same(self, volume: Volume, request: CreateVolume) -> Volume:
+        """Raises AlreadyExists, naming what differs between the volume and the request."""
+        wanted: dict[str, tuple[object, object]] = {
+            "backend": (request.backend, volume.backend),
+            "fs": (request.filesystem, volume.filesystem),
+            "mode": (request.mode, volume.mode),
+            "from": (request.source, volume.source),
+            "mkfs-options": (request.mkfs_options, volume.mkfs_options),
+            "mount-options": (request.mount_options, volume.mount_options),
+            "labels": (request.labels, volume.labels),
+            "options": (request.options, volume.options),
+        }
+        differing = [key for key, (asked, there) in wanted.items() if asked and asked != there]
+        if request.ownership != Ownership() and request.ownership != volume.ownership:
+            differing.append("uid, gid or mode")
+        if request.size is not None and (volume.size is None or volume.size < request.size):
+            differing.append("size")
+        if differing:
+            raise AlreadyExists(
+                f"exists already, with another {', '.join(differing)}",
+                subject=f"volume {volume.name}",
+                hint="choose another name, or leave the options out to use it as it is",
+            )
+        if volume.state is not VolumeState.READY:
+            raise AlreadyExists(
+                f"exists and is {volume.state}", subject=f"volume {volume.name}", hint="try again later"
+            )
+        return volume
+
+    def _origin(self, request: CreateVolume) -> Origin | None:
+        if not request.source:
+            return None
+        name, at, snapshot_name = request.source.rpartition("@")
+        if not at:
+            return Origin(volume=self.get(request.source))
+        volume = self.get(name)
+        snapshot = self._repository.snapshot_by_name(volume.id, snapshot_name)
+        if snapshot is None or snapshot.state is not SnapshotState.READY:
+            known = [found.name for found in self._repository.snapshots(volume.id)]
+            raise NotFound(
+                f"there is no snapshot {snapshot_name!r}",
+                subject=f"volume {volume.name}",
+                hint=nearest(snapshot_name, known),
+            )
+        return Origin(volume=volume, snapshot=snapshot)
+
+    def _place(self, request: CreateVolume, origin: Origin | None) -> Backend:
+        name = request.backend
+        if origin is not None:
+            if name and name != origin.volume.backend:
+                raise NotSupported(
+                    f"lies on backend {origin.volume.backend} and cannot be cloned to {name}",
+                    subject=f"volume {origin.volume.name}",
+                    hint="leave the backend out",
+                )
+            name = origin.volume.backend
+        backend = choose_backend(
+            self._backends, name=name, size=request.size, mode=request.mode, filesystem=request.filesystem
+        )
+        if origin is not None:
+            backend.require(Capability.SNAPSHOT if origin.snapshot else Capability.CLONE)
+        return backend
+
+    def _plan(self, request: CreateVolume, backend: Backend, origin: Origin | None) -> Volume:
+        """The record of the volume to be made, everything in it checked."""
+        read_options(backend.driver.VolumeOptions, request.options, subject=f"backend {backend.name}")
+        block = isinstance(backend.driver, BlockDriver)
+        size, filesystem = request.size, request.filesystem
+        if origin is not None:
+            size, filesystem = origin.fit(size=size, mode=request.mode, filesystem=filesystem)
+        elif block:
+            size = size or DEFAULT_SIZE
+            filesystem = filesystem or (DEFAULT_FILESYSTEM if request.mode is VolumeMode.FILESYSTEM else "")
+        if request.mode is VolumeMode.BLOCK and (request.filesystem or request.mkfs_options or request.mount_options):
+            raise InvalidRequest("a raw block volume has no file system", subject=f"volume {request.name}")
+        if request.mkfs_options and (not block or origin is not None):
+            raise InvalidRequest(
+                "mkfs-options need a new file system, and none is made here", subject=f"volume {request.name}"
+            )
+        if filesystem:
+            least = filesystems.get(filesystem).minimum_size
+            if size is not None and size < least:
+                raise OutOfRange(
+                    f"{size} bytes are too small for {filesystem}, which needs {least}",
+                    subject=f"volume {request.name}",
+                )
+        return Volume(
+            id=new_volume_id(),
+            name=request.name,
+            backend=backend.name,
+            state=VolumeState.CREATING,
+            created=now(),
+            size=size,
+            mode=request.mode,
+            filesystem=filesystem or None,
+            mkfs_options=request.mkfs_options,
+            mount_options=request.mount_options,
+            ownership=request.ownership,
+            options=request.options,
+            labels=request.labels,
+            source=request.source,
+        )
+
+    # Removing
+    def remove(self, reference: str, *, dry_run: bool = False) -> Removal:
+        """Remove the volume and its data. Raises InUse naming its holders, or its snapshots."""
+        volume = self.get(reference)
+        backend = self._backends.get(volume.backend)
+        if dry_run:
+            self._check_removable(volume)
+            return Removal(volume=volume, used=self._provision.used(volume, backend))
+        return backend.call(lambda: self._remove(volume.id, backend))
+
+    def _remove(self, volume_id: VolumeId, backend: Backend) -> Removal:
+        with self._locks.hold(volume_id):
+            volume = self._by_id(volume_id)
+            settled = self._journal.settle(volume)
+            if settled is None:
+                return Removal(volume=volume, used=None)
+            self._check_removable(settled)
+            with self._mounts.unmounted(settled, backend):
+                doomed = msgspec.structs.replace(settled, state=VolumeState.DELETING)
+                with self._journal.recorded(OperationKind.DELETE, doomed) as operation:
+                    with self._repository.transaction() as transaction:
+                        transaction.put(doomed)
+                        transaction.put(operation)
+                    crash.point("delete.marked")
+                    self._provision.destroy(doomed, backend)
+                    crash.point("delete.destroyed")
+                    with self._repository.transaction() as transaction:
+                        transaction.delete(doomed)
+                        transaction.delete(operation)
+                crash.point("delete.committed")
+        self._events.publish("volume.removed", volume.name, "removed with its data", backend=backend.name)
+        return Removal(volume=volume, used=None)
+
+    def _check_removable(self, volume: Volume) -> None:
+        holders = self._mounts.holders(volume)
+        if holders:
+            raise InUse("is in use by", holders=holders, subject=f"volume {volume.name}")
+        snapshots = [snapshot.name for snapshot in self._repository.snapshots(volume.id)]
+        if snapshots:
+            raise InUse(
+                "has snapshots",
+                holders=snapshots,
+                subject=f"volume {volume.name}",
+                hint=f"remove them first: volumectl snapshot rm {volume.name} {snapshots[0]}",
+            )
+
+    # Growing
+    def expand(self, reference: str, size: int) -> Volume:
+        """Grow the volume, in use or not, to at least `size` bytes; that large already is success.
+
+        Raises OutOfRange for a smaller size than it has, NotSupported when the backend cannot grow it.
+        """
+        volume = self.get(reference)
+        backend = self._backends.get(volume.backend)
+        backend.require(Capability.EXPAND)
+        if volume.size is None:
+            raise NotSupported("has no size that could grow", subject=f"volume {volume.name}")
+        if size < volume.size:
+            raise OutOfRange(
+                f"has {volume.size} bytes and cannot shrink to {size}",
+                subject=f"volume {volume.name}",
+                hint="create a smaller volume and copy the data",
+            )
+        if size == volume.size:
+            return volume
+        return backend.call(lambda: self._expand(volume.id, size, backend))
+
+    def _expand(self, volume_id: VolumeId, size: int, backend: Backend) -> Volume:
+        if not isinstance(backend.driver, SupportsExpand):
+            raise NotSupported("cannot expand", subject=f"backend {backend.name}")
+        with self._locks.hold(volume_id):
+            volume = self._journal.settle(self._by_id(volume_id))
+            if volume is None:
+                raise NotFound("was removed a moment ago", subject=f"volume {volume_id}")
+            if volume.size is not None and size <= volume.size:
+                return volume
+            with self._journal.recorded(OperationKind.EXPAND, volume, size=size) as operation:
+                with self._repository.transaction() as transaction:
+                    transaction.put(operation)
+                crash.point("expand.recorded")
+                grown = self._provision.expand(volume, backend, size)
+                crash.point("expand.grown")
+                with self._repository.transaction() as transaction:
+                    transaction.put(grown)
+                    transaction.delete(operation)
+        self._events.publish("volume.expanded", volume.name, f"grown to {grown.size} bytes", size=grown.size)
+        return grown
