@@ -122,8 +122,12 @@ class Bindings:
         return time.monotonic() - self._gone_since.setdefault(key, time.monotonic())
 
     def _name(self, binding: Binding, holds: Iterable[Hold]) -> None:
-        consumers = tuple(sorted({hold.consumer.id + hold.consumer.target: hold.consumer for hold in holds}.values(),
-                                 key=lambda consumer: (consumer.name, consumer.target)))
+        consumers = tuple(
+            sorted(
+                {hold.consumer.id + hold.consumer.target: hold.consumer for hold in holds}.values(),
+                key=lambda consumer: (consumer.name, consumer.target),
+            )
+        )
         if consumers == binding.consumers:
             return
         with self._locks.hold(binding.volume_id):

@@ -147,9 +147,7 @@ class Core:
         for source in self._sources:
             self._spawn(f"consumers-{source.engine}", lambda source=source: self._follow(source))
             wake = self._wake[source.engine]
-            self._spawn(
-                f"watch-{source.engine}", lambda source=source, wake=wake: source.watch(wake.set, self._stop)
-            )
+            self._spawn(f"watch-{source.engine}", lambda source=source, wake=wake: source.watch(wake.set, self._stop))
 
     def stop(self) -> None:
         """End the threads; mounts stay as they are, for the containers that use them."""
@@ -167,8 +165,10 @@ class Core:
 
     def _each_backend(self, job: Callable[[Backend], None], *, patience: float) -> None:
         """All at once, so that one that hangs costs its patience once."""
-        jobs = [threading.Thread(target=self._try, args=(backend, job, patience), daemon=True)
-                for backend in self.backends.all()]
+        jobs = [
+            threading.Thread(target=self._try, args=(backend, job, patience), daemon=True)
+            for backend in self.backends.all()
+        ]
         for thread in jobs:
             thread.start()
         for thread in jobs:

@@ -109,9 +109,7 @@ class Mounts:
         with self._locks.hold(volume_id):
             held = self._repository.binding(volume_id, node=self.node, engine=engine, mount_id=mount_id)
             if held is None:
-                raise NotFound(
-                    f"is not mounted for {engine} by the id {mount_id[:80]}", subject=f"volume {volume_id}"
-                )
+                raise NotFound(f"is not mounted for {engine} by the id {mount_id[:80]}", subject=f"volume {volume_id}")
             if held.count > 1:
                 with self._repository.transaction() as transaction:
                     transaction.put(msgspec.structs.replace(held, count=held.count - 1))
@@ -180,14 +178,12 @@ class Mounts:
             yield
             return
         if live not in backend.capabilities:
-            reason = backend.lacking.get(
-                live, f"backend {backend.name} cannot copy a volume that is being written to"
-            )
+            reason = backend.lacking.get(live, f"backend {backend.name} cannot copy a volume that is being written to")
             raise InUse(
                 "is in use by", holders=holders, subject=f"volume {volume.name}", hint=f"stop them first: {reason}"
             )
         if isinstance(backend.driver, BlockDriver) and volume.id in self.presence.mounted_ids():
-            with frozen(self.presence.host, self.presence.path(volume.id), timeout=FREEZE_TIMEOUT):
+            with frozen(self.presence.path(volume.id), timeout=FREEZE_TIMEOUT):
                 yield
         else:
             yield

@@ -49,9 +49,7 @@ class Presence:
 
     def scan(self) -> set[VolumeId]:
         """Read the mount table: the volumes that have something mounted at their path."""
-        found = {
-            VolumeId(entry.target.name) for entry in self.host.mounts() if entry.target.parent == self.mounts_dir
-        }
+        found = {VolumeId(entry.target.name) for entry in self.host.mounts() if entry.target.parent == self.mounts_dir}
         self._mounted = found
         return set(found)
 

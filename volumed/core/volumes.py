@@ -138,9 +138,7 @@ class Volumes:
                     transaction.put(volume)
                     transaction.delete(operation)
             crash.point("create.committed")
-        self._events.publish(
-            "volume.created", volume.name, f"created on backend {backend.name}", backend=backend.name
-        )
+        self._events.publish("volume.created", volume.name, f"created on backend {backend.name}", backend=backend.name)
         return volume
 
     def _same(self, volume: Volume, request: CreateVolume) -> Volume:

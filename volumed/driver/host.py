@@ -88,6 +88,10 @@ class Host(ABC):
         """The mount table of this process's namespace; read again only after it changed."""
 
     @abstractmethod
+    def replay_log(self, device: Path, *, fstype: str, options: Sequence[str] = ()) -> None:
+        """Mount the device for a moment, out of sight, so that its journal is played back."""
+
+    @abstractmethod
     def wait_for_mount_change(self, timeout: float) -> bool:
         """Wait until the mount table changes, at most `timeout` seconds. Whether it did. For one thread."""
 
@@ -122,6 +126,10 @@ class Host(ABC):
     @abstractmethod
     def project_usage(self, path: Path, *, project: int) -> int:
         """Bytes that the project occupies."""
+
+    @abstractmethod
+    def project_limit(self, path: Path, *, project: int) -> int:
+        """Bytes that it may occupy; 0 when there is no limit."""
 
     @abstractmethod
     def clear_project_quota(self, path: Path, *, project: int) -> None:

@@ -150,8 +150,7 @@ class Repository:
         """Every name with its id, without decoding a single volume."""
         prefix = len("volume-names/")
         return [
-            (unquote(entry.key[prefix:]), VolumeId(entry.value.decode()))
-            for entry in self.store.scan("volume-names/")
+            (unquote(entry.key[prefix:]), VolumeId(entry.value.decode())) for entry in self.store.scan("volume-names/")
         ]
 
     def volume_count(self) -> int:

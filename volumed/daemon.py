@@ -1,0 +1,175 @@
+"""The daemon: builds everything, serves it, and stops in order.
+
+Mounts outlive it. Stopping, restarting and upgrading disturb no container; `--unmount-all` is for the machine's
+shutdown, when the containers have stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from volumed import __version__, logs, notify
+from volumed.config import Settings, default_settings, load
+from volumed.core.consumers.docker import DockerSource
+from volumed.core.consumers.podman import PodmanSource
+from volumed.core.consumers.source import ConsumerSource
+from volumed.core.core import Core, ledger_path
+from volumed.core.drivers import DriverRegistry
+from volumed.errors import ConfigError, VolumedError
+from volumed.frontends.activation import inherited_sockets
+from volumed.frontends.admin.lazy import LazyApp
+from volumed.frontends.docker.app import DockerApp
+from volumed.frontends.server import UnixServer
+from volumed.host.linux import LinuxHost
+from volumed.store.sqlite import SqliteStore
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_CONFIG = Path("/etc/volumed/volumed.toml")
+EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h: a restart will not help
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        settings = _settings(arguments)
+        logs.configure(level=settings.log.level, format=settings.log.format)
+        return _run(settings, arguments)
+    except ConfigError as error:
+        print(f"volumed: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    except VolumedError as error:
+        print(f"volumed: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="volumed", description="Persistent volume manager for containers.")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--config", type=Path, help=f"settings; default {DEFAULT_CONFIG}, if it exists")
+    where.add_argument("--root", type=Path, help="try it out: keep everything, sockets too, below this folder")
+    parser.add_argument("--check", action="store_true", help="read the settings, say what is wrong, and end")
+    parser.add_argument(
+        "--unmount-all", action="store_true", help="unmount every volume that no process holds, and end"
+    )
+    parser.add_argument("--version", action="version", version=f"volumed {__version__}")
+    return parser
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    if arguments.config:
+        return load(arguments.config)
+    if arguments.root:
+        return default_settings(arguments.root.absolute())
+    return load(DEFAULT_CONFIG) if DEFAULT_CONFIG.exists() else default_settings()
+
+
+def _run(settings: Settings, arguments: argparse.Namespace) -> int:
+    if arguments.check:
+        print("the settings are good")
+        return 0
+    if os.geteuid() != 0 and not arguments.root:
+        raise ConfigError(
+            "volumed mounts file systems and so must run as root",
+            hint="use sudo, or try it out in a folder of your own: volumed --root ./try",
+        )
+    for folder in (settings.state_dir, settings.runtime_dir):
+        folder.mkdir(mode=0o711, parents=True, exist_ok=True)
+    with ExitStack() as cleanup:
+        store = SqliteStore(ledger_path(settings))
+        cleanup.callback(store.close)
+        host = LinuxHost()
+        core = Core(
+            settings=settings,
+            store=store,
+            host=host,
+            drivers=DriverRegistry.installed(),
+            sources=_sources(settings, host),
+        )
+        cleanup.callback(core.stop)
+        if arguments.unmount_all:
+            core.recover()
+            core.reconciler.release_all()
+            return 0
+        core.recover()
+        core.start()
+        asyncio.run(_serve(core))
+    _log.info("stopped; mounted volumes stay mounted")
+    return 0
+
+
+def _sources(settings: Settings, host: LinuxHost) -> list[ConsumerSource]:
+    sources: list[ConsumerSource] = []
+    names = frozenset({settings.docker.socket.stem})
+    if settings.engines.docker.enabled:
+        sources.append(DockerSource(settings.engines.docker.socket, driver_names=names))
+    if settings.engines.podman.enabled:
+        podman = settings.engines.podman
+        sources.append(PodmanSource(host, podman.command, arguments=podman.arguments, driver_names=names))
+    return sources
+
+
+async def _serve(core: Core) -> None:
+    settings = core.settings
+    inherited = inherited_sockets()
+    servers = [
+        UnixServer(LazyApp(core), settings.admin.socket, group=settings.admin.group, inherited=inherited.get("admin"))
+    ]
+    if settings.docker.enabled:
+        servers.append(
+            UnixServer(
+                DockerApp(core), settings.docker.socket, group=settings.docker.group, inherited=inherited.get("docker")
+            )
+        )
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    for server in servers:
+        await server.start()
+    notify.ready(f"serving {len(core.backends.all())} backends")
+    watchdog = asyncio.create_task(notify.keep_watchdog())
+    _greet(core)
+    await stopping.wait()
+    notify.stopping()
+    watchdog.cancel()
+    await asyncio.gather(*(server.stop() for server in servers))
+
+
+def _greet(core: Core) -> None:
+    """For whoever started it by hand; under systemd the log says it."""
+    settings = core.settings
+    backends = ", ".join(
+        f"{backend.name} ({backend.driver_name}{'' if backend.health.ok else ', unavailable'})"
+        for backend in core.backends.all()
+    )
+    _log.info("volumed %s is ready; backends: %s", __version__, backends)
+    if not sys.stdout.isatty() and "VOLUMED_GREET" not in os.environ:
+        return
+    lines = [f"volumed {__version__} is ready. Its sockets:", f"  admin   {settings.admin.socket}"]
+    prefix = "volumectl"
+    if settings.docker.enabled:
+        name = settings.docker.socket.stem
+        lines += [
+            f"  Docker  {settings.docker.socket}",
+            "Type next, in another shell:",
+            f"  docker volume create -d {name} -o size=1g data",
+            "  docker run --rm -it -v data:/data busybox",
+            f"  {prefix} who data",
+        ]
+    else:
+        prefix += f" --socket {settings.admin.socket}"
+        lines += ["Type next, in another shell:", f"  {prefix} create data", f"  {prefix} ls", f"  {prefix} doctor"]
+    print("\n".join(lines), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""The real Host: this machine's kernel."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from volumed.driver import Completed, Host, Loop, MountEntry
+from volumed.errors import HostError, NotSupported
+from volumed.host import loop, mounts, quota
+from volumed.host.run import run
+
+FICLONE = 0x40049409
+
+
+class LinuxHost(Host):
+    def __init__(self) -> None:
+        self._table = mounts.MountTable()
+
+    def run(
+        self,
+        argv: Sequence[str | Path],
+        *,
+        timeout: float = 60.0,
+        stdin: str | None = None,
+        env: Mapping[str, str] | None = None,
+        secrets: Sequence[str] = (),
+        check: bool = True,
+    ) -> Completed:
+        return run(argv, timeout=timeout, stdin=stdin, env=env, secrets=secrets, check=check)
+
+    # Mounts
+    def mount(
+        self, source: str | Path, target: Path, *, fstype: str, options: Sequence[str] = (), readonly: bool = False
+    ) -> None:
+        mounts.mount(source, target, fstype=fstype, options=options, readonly=readonly)
+
+    def bind(self, source: Path, target: Path, *, readonly: bool = False, options: Sequence[str] = ()) -> None:
+        mounts.bind(source, target, readonly=readonly, options=options)
+
+    def unmount(self, target: Path) -> None:
+        mounts.unmount(target)
+
+    def is_mountpoint(self, path: Path) -> bool:
+        return mounts.is_mountpoint(path)
+
+    def mounts(self) -> Sequence[MountEntry]:
+        return self._table.entries()
+
+    def wait_for_mount_change(self, timeout: float) -> bool:
+        return self._table.wait_for_change(timeout)
+
+    def replay_log(self, device: Path, *, fstype: str, options: Sequence[str] = ()) -> None:
+        with tempfile.TemporaryDirectory(prefix="volumed-replay-") as folder:
+            target = Path(folder)
+            self.mount(device, target, fstype=fstype, options=options)
+            self.unmount(target)
+
+    # Loop devices
+    def attach_loop(self, backing_file: Path, *, direct_io: bool = True, readonly: bool = False) -> Path:
+        return loop.attach(backing_file, direct_io=direct_io, readonly=readonly)
+
+    def find_loop(self, backing_file: Path) -> Path | None:
+        return loop.find(backing_file)
+
+    def detach_loop(self, device: Path) -> None:
+        loop.detach(device)
+
+    def refresh_loop(self, device: Path) -> None:
+        loop.refresh(device)
+
+    def loops(self) -> Sequence[Loop]:
+        return list(loop.attached())
+
+    # Quotas
+    def project_quota_supported(self, path: Path) -> bool:
+        return quota.supported(self._entry_of(path))
+
+    def set_project_quota(self, path: Path, *, project: int, limit: int) -> None:
+        quota.set_limit(self._entry_of(path).source, project=project, limit=limit)
+        quota.assign(path, project)
+
+    def project_usage(self, path: Path, *, project: int) -> int:
+        return quota.usage(self._entry_of(path).source, project=project)[0]
+
+    def project_limit(self, path: Path, *, project: int) -> int:
+        return quota.usage(self._entry_of(path).source, project=project)[1]
+
+    def clear_project_quota(self, path: Path, *, project: int) -> None:
+        quota.set_limit(self._entry_of(path).source, project=project, limit=0)
+
+    def _entry_of(self, path: Path) -> MountEntry:
+        """The mount that holds `path`: by device number, as mount points may hide one another."""
+        number = path.stat().st_dev
+        device = f"{os.major(number)}:{os.minor(number)}"
+        for entry in self.mounts():
+            if entry.device == device:
+                return entry
+        raise HostError("lies on no mount of this namespace", subject=str(path))
+
+    # Files
+    def reflink(self, source: Path, target: Path) -> None:
+        with source.open("rb") as origin, target.open("xb") as copy:
+            try:
+                fcntl.ioctl(copy, FICLONE, origin.fileno())
+            except OSError as error:
+                target.unlink()
+                if error.errno in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL):
+                    raise NotSupported(
+                        "this file system cannot share data between files",
+                        subject=str(source.parent),
+                        hint="XFS and btrfs can",
+                    ) from None
+                raise HostError(f"cannot be shared: {error.strerror}", subject=str(source)) from None
