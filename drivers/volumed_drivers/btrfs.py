@@ -1,0 +1,229 @@
+"""A subvolume per volume on a btrfs, bounded by a qgroup; snapshots and clones share its data.
+
+PATH/<volume id>            a volume
+PATH/<snapshot id>          a snapshot, read-only
+PATH/<volume id>.new, .old  on the way back to a snapshot
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+
+from volumed.driver import (
+    Capability,
+    Capacity,
+    CreatedVolume,
+    Facts,
+    FilesystemDriver,
+    Found,
+    FoundSnapshot,
+    Host,
+    Options,
+    Probe,
+    SupportsCapacity,
+    SupportsClone,
+    SupportsExpand,
+    SupportsSnapshots,
+    VolumeSpec,
+)
+from volumed.errors import BackendUnavailable, CommandFailed, MountFailed, NotFound, OutOfRange
+from volumed.model import Handle, SnapshotId, VolumeId
+from volumed.testing import crash
+
+_VOLUME = re.compile(r"(v[0-9a-f]{32})(\.new|\.old)?")
+_SNAPSHOT = re.compile(r"s[0-9a-f]{32}")
+_MAGIC = "btrfs"
+MINIMUM_SIZE = 16 * 4096  # a qgroup counts whole nodes of metadata; below this not even a file fits
+
+
+class BtrfsOptions(Options):
+    path: Path = Field(description="Folder on a btrfs that holds the subvolumes; made if it is missing")
+
+
+class BtrfsDriver(FilesystemDriver, SupportsExpand, SupportsSnapshots, SupportsClone, SupportsCapacity):
+    BackendOptions = BtrfsOptions
+    capabilities: ClassVar[frozenset[Capability]] = frozenset(
+        {Capability.SIZE, Capability.SNAPSHOT_LIVE, Capability.CLONE_LIVE}
+    )
+
+    def __init__(self, backend: str, options: Options, host: Host) -> None:
+        super().__init__(backend, options, host)
+        assert isinstance(options, BtrfsOptions)
+        self._path = options.path
+
+    def probe(self) -> Probe:
+        subject = f"backend {self.backend}"
+        try:
+            self._path.mkdir(mode=0o711, parents=True, exist_ok=True)
+        except OSError as error:
+            raise BackendUnavailable(f"{self._path} cannot be made: {error.strerror}", subject=subject) from None
+        kind = self.host.run(["stat", "--file-system", "--format=%T", self._path]).stdout.strip()
+        if kind != _MAGIC:
+            raise BackendUnavailable(f"{self._path} lies on {kind}, not on btrfs", subject=subject)
+        facts = {"path": str(self._path)}
+        try:
+            self._btrfs("quota", "enable", self._path)
+        except CommandFailed as error:
+            reason = f"quotas cannot be enabled on {self._path}: {error.stderr.strip()}"
+            return Probe(lacking={Capability.SIZE: reason, Capability.EXPAND: reason}, facts=facts)
+        return Probe(lacking={}, facts=facts)
+
+    # Volumes
+    def create(self, spec: VolumeSpec) -> CreatedVolume:
+        self._check_size(spec)
+        subvolume = self._path / spec.id
+        if not subvolume.exists():
+            self._btrfs("subvolume", "create", subvolume)
+            crash.point("btrfs.create.made")
+        self._bound(subvolume, spec.size)
+        self._sync()
+        return CreatedVolume(Handle(spec.id), spec.size)
+
+    def _check_size(self, spec: VolumeSpec) -> None:
+        if spec.size is not None and spec.size < MINIMUM_SIZE:
+            raise OutOfRange(
+                f"a size of {spec.size} bytes is too small",
+                subject=f"backend {self.backend}",
+                hint=f"ask for {MINIMUM_SIZE} bytes or more",
+            )
+
+    def _bound(self, subvolume: Path, size: int | None) -> None:
+        if size is not None:
+            self._btrfs("qgroup", "limit", str(size), subvolume)
+
+    def delete(self, handle: Handle) -> None:
+        for name in (handle, f"{handle}.new", f"{handle}.old"):
+            self._delete(self._path / name)
+
+    def _delete(self, subvolume: Path) -> None:
+        if not subvolume.exists():
+            return
+        number = self._btrfs("inspect-internal", "rootid", subvolume).strip()
+        # What containers made inside: subvolumes of their own cannot be left behind, deepest first.
+        listed = self._btrfs("subvolume", "list", "-o", subvolume).splitlines()
+        nested = [line.split(" path ", 1)[1] for line in listed]
+        for inner in sorted(nested, key=lambda path: path.count("/"), reverse=True):
+            within = inner.partition(f"{subvolume.name}/")[2]
+            if within:
+                self._delete(subvolume / within)
+        self._btrfs("subvolume", "delete", "--commit-after", subvolume)
+        crash.point("btrfs.delete.deleted")
+        # Newer kernels take the qgroup away by themselves; older ones keep it, and it counts for ever.
+        self.host.run(["btrfs", "qgroup", "destroy", f"0/{number}", self._path], check=False)
+
+    def inspect(self, handle: Handle) -> Facts:
+        subvolume = self._present(handle)
+        for line in self._btrfs("qgroup", "show", "--raw", "-r", "-F", subvolume).splitlines():
+            columns = line.split()
+            if columns and columns[0].startswith("0/"):
+                limit = columns[3]
+                return Facts(size=None if limit == "none" else int(limit), used=int(columns[1]))
+        return Facts(size=None, used=None)
+
+    def _present(self, handle: Handle) -> Path:
+        subvolume = self._path / handle
+        if not subvolume.exists():
+            raise NotFound(f"{subvolume} is gone", subject=f"backend {self.backend}", hint="put it back from a backup")
+        return subvolume
+
+    def list(self) -> Iterable[Found]:
+        names = os.listdir(self._path)  # noqa: PTH208 (names are enough)
+        for volume_id in sorted({match[1] for name in names if (match := _VOLUME.fullmatch(name))}):
+            yield Found(Handle(volume_id), VolumeId(volume_id))
+
+    def find(self, volume_id: VolumeId) -> Handle | None:
+        there = any((self._path / f"{volume_id}{end}").exists() for end in ("", ".new", ".old"))
+        return Handle(volume_id) if there else None
+
+    def mount(self, handle: Handle, target: Path, *, options: Sequence[str], readonly: bool) -> None:
+        subvolume = self._path / handle
+        try:
+            self.host.bind(subvolume, target, readonly=readonly, options=options)
+        except MountFailed:
+            self._present(handle)
+            raise
+
+    def owns_mount(self, handle: Handle, target: Path) -> bool:
+        try:
+            return (self._path / handle).samefile(target)
+        except FileNotFoundError:
+            return False
+
+    def expand(self, handle: Handle, size: int) -> int:
+        there = self.inspect(handle).size
+        if there is not None and there < size:
+            self._bound(self._path / handle, size)
+            return size
+        return there if there is not None else size
+
+    # Snapshots
+    def snapshot(self, handle: Handle, snapshot_id: SnapshotId) -> Handle:
+        target = self._path / snapshot_id
+        if not target.exists():
+            self._btrfs("filesystem", "sync", self._path)  # what was written before is in the snapshot
+            self._btrfs("subvolume", "snapshot", "-r", self._present(handle), target)
+            crash.point("btrfs.snapshot.made")
+            self._sync()
+        return Handle(snapshot_id)
+
+    def delete_snapshot(self, snapshot: Handle) -> None:
+        self._delete(self._path / snapshot)
+
+    def list_snapshots(self) -> Iterable[FoundSnapshot]:
+        for name in sorted(os.listdir(self._path)):  # noqa: PTH208 (names are enough)
+            if _SNAPSHOT.fullmatch(name):
+                yield FoundSnapshot(Handle(name), SnapshotId(name))
+
+    def restore(self, handle: Handle, snapshot: Handle) -> None:
+        """The new state is made beside the old one, takes its name, and only then the old one goes."""
+        current, new, old = (self._path / f"{handle}{end}" for end in ("", ".new", ".old"))
+        if current.exists():
+            source = self._present(snapshot)
+            size = self.inspect(handle).size
+            self._delete(old)  # of an attempt that had come to its end but for this
+            self._delete(new)
+            self._btrfs("subvolume", "snapshot", source, new)
+            self._bound(new, size)
+            crash.point("btrfs.restore.new")
+            current.rename(old)
+            crash.point("btrfs.restore.old")
+        with contextlib.suppress(FileNotFoundError):
+            new.rename(current)
+        crash.point("btrfs.restore.renamed")
+        self._delete(old)
+        self._sync()
+
+    def create_from_snapshot(self, snapshot: Handle, spec: VolumeSpec) -> CreatedVolume:
+        return self._create_copy(snapshot, spec)
+
+    def clone(self, source: Handle, spec: VolumeSpec) -> CreatedVolume:
+        return self._create_copy(source, spec)
+
+    def _create_copy(self, source: Handle, spec: VolumeSpec) -> CreatedVolume:
+        self._check_size(spec)
+        target = self._path / spec.id
+        if not target.exists():
+            self._btrfs("filesystem", "sync", self._path)
+            self._btrfs("subvolume", "snapshot", self._present(source), target)
+            crash.point("btrfs.clone.made")
+        self._bound(target, spec.size)
+        self._sync()
+        return CreatedVolume(Handle(spec.id), spec.size)
+
+    def capacity(self) -> Capacity:
+        room = os.statvfs(self._path)
+        return Capacity(total=room.f_blocks * room.f_frsize, available=room.f_bavail * room.f_frsize)
+
+    def _sync(self) -> None:
+        """A subvolume that was made survives a power cut only once its transaction is on the disk."""
+        self._btrfs("filesystem", "sync", self._path)
+
+    def _btrfs(self, *words: str | Path) -> str:
+        return self.host.run(["btrfs", *words], timeout=300.0).stdout

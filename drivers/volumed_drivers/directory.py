@@ -1,0 +1,195 @@
+"""A folder per volume on a file system that is there already.
+
+    PATH/<volume id>/data       what containers see
+    PATH/<volume id>/project    number of its XFS project, where a size is enforced
+
+A size is enforced by the project quota of XFS; elsewhere it is refused, never ignored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import ClassVar
+from zlib import crc32
+
+from pydantic import Field
+
+from volumed.driver import (
+    Capability,
+    Capacity,
+    CreatedVolume,
+    Facts,
+    FilesystemDriver,
+    Found,
+    Host,
+    Options,
+    Probe,
+    SupportsCapacity,
+    SupportsExpand,
+    VolumeSpec,
+)
+from volumed.errors import BackendUnavailable, MountFailed, NotFound, NotSupported
+from volumed.model import Handle, VolumeId
+from volumed.testing import crash
+
+_VOLUME_ID = re.compile(r"v[0-9a-f]{32}")
+_TRASH = ".trash-"
+REMOVE_TIMEOUT = 580.0
+
+
+class DirectoryOptions(Options):
+    path: Path = Field(description="Folder that holds the volumes; made if it is missing")
+
+
+class DirectoryDriver(FilesystemDriver, SupportsExpand, SupportsCapacity):
+    BackendOptions = DirectoryOptions
+    capabilities: ClassVar[frozenset[Capability]] = frozenset({Capability.SIZE})
+
+    def __init__(self, backend: str, options: Options, host: Host) -> None:
+        super().__init__(backend, options, host)
+        assert isinstance(options, DirectoryOptions)
+        self._path = options.path
+        self._quota = False
+        self._projects = threading.Lock()  # a number must not be taken twice between looking and taking
+
+    def probe(self) -> Probe:
+        try:
+            self._path.mkdir(mode=0o711, parents=True, exist_ok=True)
+        except OSError as error:
+            raise BackendUnavailable(
+                f"{self._path} cannot be made: {error.strerror}", subject=f"backend {self.backend}"
+            ) from None
+        self._quota = self.host.project_quota_supported(self._path)
+        lacking: dict[Capability, str] = {}
+        if not self._quota:
+            reason = (
+                f"no size can be enforced on {self._path}: it needs XFS mounted with prjquota; "
+                "leave the size out, or use a backend of driver image or btrfs"
+            )
+            lacking = {Capability.SIZE: reason, Capability.EXPAND: reason}
+        return Probe(lacking=lacking, facts={"path": str(self._path), "project quota": "yes" if self._quota else "no"})
+
+    def create(self, spec: VolumeSpec) -> CreatedVolume:
+        if spec.size is not None and not self._quota:
+            raise NotSupported(
+                "a size cannot be enforced here",
+                subject=f"backend {self.backend}",
+                hint="leave the size out, or use a backend of driver image or btrfs",
+            )
+        folder = self._path / spec.id
+        data = folder / "data"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        crash.point("directory.create.folder")
+        data.mkdir(mode=0o755, exist_ok=True)
+        if spec.size is not None:
+            self._bound(folder, spec.size)
+        crash.point("directory.create.data")
+        _sync(folder)
+        _sync(self._path)
+        return CreatedVolume(Handle(spec.id), spec.size)
+
+    def _bound(self, folder: Path, size: int) -> None:
+        with self._projects:
+            project = self._project(folder)
+            if project is None:
+                project = crc32(folder.name.encode()) or 1
+                while self.host.project_limit(self._path, project=project):
+                    project = project % 0xFFFFFFFE + 1
+                (folder / "project").write_text(f"{project}\n")
+            self.host.set_project_quota(folder / "data", project=project, limit=size)
+
+    @staticmethod
+    def _project(folder: Path) -> int | None:
+        try:
+            return int((folder / "project").read_text())
+        except (FileNotFoundError, ValueError):  # half written: another number is as good
+            return None
+
+    def delete(self, handle: Handle) -> None:
+        folder, trash = self._path / handle, self._path / f"{_TRASH}{handle}"
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(trash)
+            crash.point("directory.delete.trashed")
+        if not trash.exists():
+            return
+        project = self._project(trash)
+        self._remove_tree(trash)
+        if project is not None and self._quota:
+            self.host.clear_project_quota(self._path, project=project)
+        _sync(self._path)
+
+    def _remove_tree(self, trash: Path) -> None:
+        """An empty volume costs two system calls; a full one is left to rm(1), which knows deep and large trees, other
+        file systems mounted inside, and what else the years have taught it."""
+        try:
+            (trash / "data").rmdir()
+            trash.rmdir()
+        except OSError:
+            self.host.run(["rm", "-rf", "--one-file-system", "--", trash], timeout=REMOVE_TIMEOUT)
+
+    def inspect(self, handle: Handle) -> Facts:
+        folder = self._path / handle
+        if not (folder / "data").is_dir():
+            raise NotFound(f"{folder} is gone", subject=f"backend {self.backend}")
+        project = self._project(folder)
+        if project is None or not self._quota:
+            return Facts(size=None, used=None)
+        return Facts(
+            size=self.host.project_limit(folder, project=project) or None,
+            used=self.host.project_usage(folder, project=project),
+        )
+
+    def list(self) -> Iterable[Found]:
+        for name in os.listdir(self._path):  # noqa: PTH208 (names are enough)
+            volume_id = name.removeprefix(_TRASH)
+            if _VOLUME_ID.fullmatch(volume_id):
+                yield Found(Handle(volume_id), VolumeId(volume_id))
+
+    def find(self, volume_id: VolumeId) -> Handle | None:
+        there = any((self._path / name).exists() for name in (volume_id, f"{_TRASH}{volume_id}"))
+        return Handle(volume_id) if there else None
+
+    def mount(self, handle: Handle, target: Path, *, options: Sequence[str], readonly: bool) -> None:
+        data = self._path / handle / "data"
+        try:
+            self.host.bind(data, target, readonly=readonly, options=options)
+        except MountFailed:
+            if data.is_dir():
+                raise
+            raise NotFound(
+                f"its folder {data} is gone", subject=f"backend {self.backend}", hint="put it back from a backup"
+            ) from None
+
+    def owns_mount(self, handle: Handle, target: Path) -> bool:
+        try:
+            return (self._path / handle / "data").samefile(target)
+        except FileNotFoundError:
+            return False
+
+    def expand(self, handle: Handle, size: int) -> int:
+        folder = self._path / handle
+        project = self._project(folder)
+        if project is None:
+            raise NotSupported("was made without a size", subject=f"backend {self.backend}")
+        there = self.host.project_limit(folder, project=project)
+        if there < size:
+            self.host.set_project_quota(folder / "data", project=project, limit=size)
+        return max(there, size)
+
+    def capacity(self) -> Capacity:
+        room = os.statvfs(self._path)
+        return Capacity(total=room.f_blocks * room.f_frsize, available=room.f_bavail * room.f_frsize)
+
+
+def _sync(folder: Path) -> None:
+    """What was made in the folder survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,305 @@
+"""A file per volume, on a loop device.
+
+    PATH/<volume id>.img      a volume
+    PATH/<snapshot id>.snap   a snapshot, a file like it
+    PATH/<either>.new         one in the making
+
+Where the file system can share data between files (XFS, btrfs), snapshots and clones take no time and no space; else
+they are copies, and only of volumes that nobody uses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+
+from volumed.driver import (
+    BlockDriver,
+    Capability,
+    Capacity,
+    CreatedVolume,
+    Facts,
+    Found,
+    FoundSnapshot,
+    Host,
+    Options,
+    Probe,
+    SupportsCapacity,
+    SupportsClone,
+    SupportsExpand,
+    SupportsSnapshots,
+    VolumeSpec,
+)
+from volumed.errors import BackendError, BackendUnavailable, CapacityExhausted, NotFound, NotSupported, OutOfRange
+from volumed.model import Handle, SnapshotId, VolumeId
+from volumed.testing import crash
+
+_VOLUME = re.compile(r"(v[0-9a-f]{32})\.img(\.new)?")
+_SNAPSHOT = re.compile(r"(s[0-9a-f]{32})\.snap(\.new)?")
+ALIGNMENT = 4096  # loop devices with direct I/O count in the sectors below them
+MAX_SIZE = 2**63 - ALIGNMENT  # loff_t; the file system may draw the line earlier, and says so
+COPY_TIMEOUT = 580.0
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_TOO_LARGE = (errno.EFBIG, errno.EINVAL, errno.EOVERFLOW)
+
+
+class ImageOptions(Options):
+    path: Path = Field(description="Folder that holds the image files; made if it is missing")
+    direct_io: bool = Field(default=True, description="Bypass the host's page cache below the volume's own")
+    preallocate: bool = Field(default=False, description="Reserve the space of each volume when it is made")
+
+
+class ImageVolumeOptions(Options):
+    preallocate: bool | None = Field(default=None, description="Reserve the space now; default: the backend's")
+
+
+class ImageDriver(BlockDriver, SupportsExpand, SupportsSnapshots, SupportsClone, SupportsCapacity):
+    BackendOptions = ImageOptions
+    VolumeOptions = ImageVolumeOptions
+    capabilities: ClassVar[frozenset[Capability]] = frozenset(
+        {Capability.SIZE, Capability.SNAPSHOT_LIVE, Capability.CLONE_LIVE}
+    )
+
+    def __init__(self, backend: str, options: Options, host: Host) -> None:
+        super().__init__(backend, options, host)
+        assert isinstance(options, ImageOptions)
+        self._options = options
+        self._path = options.path
+        self._reflink = False
+
+    def probe(self) -> Probe:
+        try:
+            self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise BackendUnavailable(
+                f"{self._path} cannot be made: {error.strerror}", subject=f"backend {self.backend}"
+            ) from None
+        self._reflink = self._can_reflink()
+        reason = f"{self._path} cannot share data between files (XFS and btrfs can)"
+        live = (Capability.SNAPSHOT_LIVE, Capability.CLONE_LIVE)
+        return Probe(
+            lacking={} if self._reflink else dict.fromkeys(live, reason),
+            facts={"path": str(self._path), "reflink": "yes" if self._reflink else "no"},
+        )
+
+    def _can_reflink(self) -> bool:
+        """Tried, not guessed from the file system's name. Names of this process: two probes may run at once."""
+        source, target = (self._path / f".probe-{os.getpid()}-{end}" for end in ("a", "b"))
+        try:
+            source.write_bytes(b"x" * ALIGNMENT)
+            target.unlink(missing_ok=True)
+            self.host.reflink(source, target)
+        except NotSupported:
+            return False
+        except OSError as error:
+            raise BackendUnavailable(
+                f"{self._path} cannot be written: {error.strerror}", subject=f"backend {self.backend}"
+            ) from None
+        finally:
+            source.unlink(missing_ok=True)
+            target.unlink(missing_ok=True)
+        return True
+
+    # Volumes
+    def create(self, spec: VolumeSpec) -> CreatedVolume:
+        size = self._aligned(spec.size)
+        image = self._image(Handle(spec.id))
+        if not image.exists():
+            new = _new(image)
+            with self._explained(size), new.open("wb") as made:
+                os.fchmod(made.fileno(), 0o600)
+                if self._preallocates(spec):
+                    os.posix_fallocate(made.fileno(), 0, size)
+                made.truncate(size)
+                crash.point("image.create.new")
+                os.fsync(made.fileno())
+            self._publish(new, image)
+        return CreatedVolume(Handle(spec.id), image.stat().st_size)
+
+    def _aligned(self, size: int | None) -> int:
+        if size is None or size < ALIGNMENT or size > MAX_SIZE:
+            raise OutOfRange(
+                f"a size of {size} bytes cannot be made",
+                subject=f"backend {self.backend}",
+                hint=f"ask for {ALIGNMENT} to {MAX_SIZE} bytes",
+            )
+        return -(-size // ALIGNMENT) * ALIGNMENT
+
+    def _preallocates(self, spec: VolumeSpec) -> bool:
+        asked = spec.options.preallocate if isinstance(spec.options, ImageVolumeOptions) else None
+        return self._options.preallocate if asked is None else asked
+
+    @contextlib.contextmanager
+    def _explained(self, size: int) -> Iterator[None]:
+        """What the file system says, for people."""
+        try:
+            yield
+        except OSError as error:
+            subject = f"backend {self.backend}"
+            if error.errno in _FULL:
+                raise CapacityExhausted(
+                    f"there is no room for {size} bytes in {self._path}", subject=subject, hint="free some space"
+                ) from None
+            if error.errno in _TOO_LARGE:
+                raise OutOfRange(f"the file system cannot hold a file of {size} bytes", subject=subject) from None
+            raise BackendError(f"{self._path}: {error.strerror}", subject=subject) from None
+
+    def _publish(self, new: Path, image: Path) -> None:
+        """From one instant on the file is whole, also after a power cut."""
+        new.rename(image)
+        descriptor = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def delete(self, handle: Handle) -> None:
+        self.unmap(handle)
+        self._remove(self._image(handle))
+
+    def _remove(self, image: Path) -> None:
+        for path in (image, _new(image)):
+            path.unlink(missing_ok=True)
+
+    def inspect(self, handle: Handle) -> Facts:
+        try:
+            status = self._image(handle).stat()
+        except FileNotFoundError:
+            raise NotFound(f"{self._image(handle)} is gone", subject=f"backend {self.backend}") from None
+        return Facts(size=status.st_size, used=status.st_blocks * 512)
+
+    def list(self) -> Iterable[Found]:
+        for volume_id in sorted(self._ids(_VOLUME)):
+            yield Found(Handle(volume_id), VolumeId(volume_id))
+
+    def find(self, volume_id: VolumeId) -> Handle | None:
+        image = self._image(Handle(volume_id))
+        return Handle(volume_id) if image.exists() or _new(image).exists() else None
+
+    def _ids(self, pattern: re.Pattern[str]) -> set[str]:
+        names = os.listdir(self._path)  # noqa: PTH208 (names are enough)
+        return {match[1] for name in names if (match := pattern.fullmatch(name))}
+
+    # Devices
+    def map(self, handle: Handle) -> Path:
+        image = self._image(handle)
+        if not image.exists():
+            raise NotFound(f"{image} is gone", subject=f"backend {self.backend}", hint="put it back from a backup")
+        return self.host.attach_loop(image, direct_io=self._options.direct_io)
+
+    def unmap(self, handle: Handle) -> None:
+        device = self.mapped(handle)
+        if device is not None:
+            self.host.detach_loop(device)
+
+    def mapped(self, handle: Handle) -> Path | None:
+        return self.host.find_loop(self._image(handle))
+
+    def mappings(self) -> Mapping[VolumeId, Path]:
+        found: dict[VolumeId, Path] = {}
+        for loop in self.host.loops():
+            match = _VOLUME.fullmatch(loop.backing_file.name)
+            if match and loop.backing_file.parent == self._path:
+                found[VolumeId(match[1])] = loop.device
+        return found
+
+    def expand(self, handle: Handle, size: int) -> int:
+        size = self._aligned(size)
+        image = self._image(handle)
+        there = self.inspect(handle).size or 0
+        if there < size:
+            with self._explained(size), image.open("r+b") as opened:
+                if self._options.preallocate:
+                    os.posix_fallocate(opened.fileno(), there, size - there)
+                opened.truncate(size)
+                os.fsync(opened.fileno())
+            crash.point("image.expand.grown")
+        device = self.mapped(handle)
+        if device is not None:
+            self.host.refresh_loop(device)
+        return max(there, size)
+
+    # Copies
+    def snapshot(self, handle: Handle, snapshot_id: SnapshotId) -> Handle:
+        self._copy(self._image(handle), self._snapshot(Handle(snapshot_id)))
+        return Handle(snapshot_id)
+
+    def delete_snapshot(self, snapshot: Handle) -> None:
+        self._remove(self._snapshot(snapshot))
+
+    def list_snapshots(self) -> Iterable[FoundSnapshot]:
+        for snapshot_id in sorted(self._ids(_SNAPSHOT)):
+            yield FoundSnapshot(Handle(snapshot_id), SnapshotId(snapshot_id))
+
+    def restore(self, handle: Handle, snapshot: Handle) -> None:
+        """The copy takes the volume's name in one step: before it the old state is there, after it the new."""
+        image = self._image(handle)
+        size = image.stat().st_size
+        self._copy(self._snapshot(snapshot), image, over=True, size=size)
+
+    def create_from_snapshot(self, snapshot: Handle, spec: VolumeSpec) -> CreatedVolume:
+        return self._create_copy(self._snapshot(snapshot), spec)
+
+    def clone(self, source: Handle, spec: VolumeSpec) -> CreatedVolume:
+        return self._create_copy(self._image(source), spec)
+
+    def _create_copy(self, source: Path, spec: VolumeSpec) -> CreatedVolume:
+        least = source.stat().st_size if source.exists() else 0
+        size = self._aligned(spec.size)
+        if size < least:
+            raise OutOfRange(f"{least} bytes do not fit into {size}", subject=f"backend {self.backend}")
+        image = self._image(Handle(spec.id))
+        self._copy(source, image, size=size)
+        return CreatedVolume(Handle(spec.id), image.stat().st_size)
+
+    def _copy(self, source: Path, target: Path, *, over: bool = False, size: int = 0) -> None:
+        """Shared where the file system can, else copied hole for hole; grown to `size`."""
+        if target.exists() and not over:
+            return
+        if not source.exists():
+            raise NotFound(f"{source} is gone", subject=f"backend {self.backend}")
+        new = _new(target)
+        new.unlink(missing_ok=True)
+        with self._explained(source.stat().st_size):
+            if self._reflink:
+                self.host.reflink(source, new)
+            else:
+                self._check_room(source)
+                self.host.run(["cp", "--sparse=always", "--", source, new], timeout=COPY_TIMEOUT)
+            crash.point("image.copy.new")
+            with new.open("r+b") as copied:
+                os.fchmod(copied.fileno(), 0o600)
+                if copied.seek(0, os.SEEK_END) < size:
+                    copied.truncate(size)
+                os.fsync(copied.fileno())
+            self._publish(new, target)
+
+    def _check_room(self, source: Path) -> None:
+        needed, free = source.stat().st_blocks * 512, self.capacity().available
+        if needed > free:
+            raise CapacityExhausted(
+                f"a copy needs {needed} bytes and {self._path} has {free} left",
+                subject=f"backend {self.backend}",
+                hint="free some space",
+            )
+
+    def capacity(self) -> Capacity:
+        room = os.statvfs(self._path)
+        return Capacity(total=room.f_blocks * room.f_frsize, available=room.f_bavail * room.f_frsize)
+
+    def _image(self, handle: Handle) -> Path:
+        return self._path / f"{handle}.img"
+
+    def _snapshot(self, handle: Handle) -> Path:
+        return self._path / f"{handle}.snap"
+
+
+def _new(path: Path) -> Path:
+    return path.with_name(path.name + ".new")

@@ -1,0 +1,263 @@
+"""A thin logical volume per volume, in a thin pool that is there already; thin snapshots and clones.
+
+Logical volumes are named by the volume's or snapshot's id and carry the tag `volumed`; nothing else in the volume
+group is ever touched. Thin snapshots know no parent: each can be removed without the other.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+from pydantic import Field
+
+from volumed.driver import (
+    BlockDriver,
+    Capability,
+    Capacity,
+    CreatedVolume,
+    Facts,
+    Found,
+    FoundSnapshot,
+    Host,
+    Options,
+    Probe,
+    SupportsCapacity,
+    SupportsClone,
+    SupportsExpand,
+    SupportsSnapshots,
+    VolumeSpec,
+)
+from volumed.errors import BackendUnavailable, CapacityExhausted, CommandFailed, InUse, NotFound, OutOfRange
+from volumed.model import Handle, SnapshotId, VolumeId
+from volumed.testing import crash
+
+TAG = "volumed"
+_VOLUME = re.compile(r"(v[0-9a-f]{32})(_new|_old)?")
+_SNAPSHOT = re.compile(r"s[0-9a-f]{32}")
+MAX_SIZE = 16 << 50  # lvm(8): with 4 MiB extents
+
+
+class LvmOptions(Options):
+    vg: str = Field(pattern=r"^[A-Za-z0-9+_.][A-Za-z0-9+_.-]*$", description="Volume group")
+    thinpool: str = Field(pattern=r"^[A-Za-z0-9+_.][A-Za-z0-9+_.-]*$", description="Thin pool in it")
+    full_at: float = Field(
+        default=95.0, gt=0, le=100, description="Percent of the pool in use at which no more volumes are made"
+    )
+
+
+class _Volume(NamedTuple):
+    size: int
+    data_percent: float
+    active: bool
+
+
+class LvmDriver(BlockDriver, SupportsExpand, SupportsSnapshots, SupportsClone, SupportsCapacity):
+    BackendOptions = LvmOptions
+    capabilities: ClassVar[frozenset[Capability]] = frozenset(
+        {Capability.SIZE, Capability.SNAPSHOT_LIVE, Capability.CLONE_LIVE}
+    )
+
+    def __init__(self, backend: str, options: Options, host: Host) -> None:
+        super().__init__(backend, options, host)
+        assert isinstance(options, LvmOptions)
+        self._vg, self._pool, self._full_at = options.vg, options.thinpool, options.full_at
+
+    def probe(self) -> Probe:
+        try:
+            pool = self._report(f"{self._vg}/{self._pool}").get(self._pool)
+        except CommandFailed as error:
+            raise BackendUnavailable(error.stderr.strip() or error.text, subject=f"backend {self.backend}") from None
+        if pool is None:
+            raise BackendUnavailable(
+                f"there is no thin pool {self._vg}/{self._pool}",
+                subject=f"backend {self.backend}",
+                hint=f"make one: lvcreate --type thin-pool -L SIZE -n {self._pool} {self._vg}",
+            )
+        return Probe(
+            lacking={},
+            facts={"vg": self._vg, "thinpool": self._pool, "pool data in use": f"{pool.data_percent:.1f} %"},
+        )
+
+    # Volumes
+    def create(self, spec: VolumeSpec) -> CreatedVolume:
+        size = self._checked(spec)
+        if self._look(spec.id) is None:
+            self._check_room()
+            self._lvm(
+                *("lvcreate", "--yes", "--thin", "--setactivationskip", "n", "--wipesignatures", "n"),
+                *("--virtualsize", f"{size}b", "--name", spec.id, "--addtag", TAG, f"{self._vg}/{self._pool}"),
+            )
+            crash.point("lvm.create.made")
+            self._deactivate(spec.id)
+        return CreatedVolume(Handle(spec.id), self._there(Handle(spec.id)).size)
+
+    def _checked(self, spec: VolumeSpec) -> int:
+        if spec.size is None or spec.size > MAX_SIZE or spec.size <= 0:
+            raise OutOfRange(
+                f"a size of {spec.size} bytes cannot be made",
+                subject=f"backend {self.backend}",
+                hint=f"ask for at most {MAX_SIZE} bytes",
+            )
+        return spec.size
+
+    def _check_room(self) -> None:
+        used = self._report(f"{self._vg}/{self._pool}")[self._pool].data_percent
+        if used >= self._full_at:
+            raise CapacityExhausted(
+                f"the thin pool {self._vg}/{self._pool} is full to {used:.1f} %",
+                subject=f"backend {self.backend}",
+                hint=f"extend it: lvextend -L +SIZE {self._vg}/{self._pool}",
+            )
+
+    def delete(self, handle: Handle) -> None:
+        for name in (handle, f"{handle}_new", f"{handle}_old"):
+            self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        if self._look(name) is None:
+            return
+        self._deactivate(name)
+        self._lvm("lvremove", "--yes", f"{self._vg}/{name}")
+
+    def inspect(self, handle: Handle) -> Facts:
+        found = self._there(handle)
+        return Facts(size=found.size, used=int(found.size * found.data_percent / 100))
+
+    def list(self) -> Iterable[Found]:
+        names = self._report(f"@{TAG}")
+        for volume_id in sorted({match[1] for name in names if (match := _VOLUME.fullmatch(name))}):
+            yield Found(Handle(volume_id), VolumeId(volume_id))
+
+    # Devices
+    def map(self, handle: Handle) -> Path:
+        self._there(handle)
+        self._lvm("lvchange", "--activate", "y", "--ignoreactivationskip", f"{self._vg}/{handle}")
+        self.host.run(["udevadm", "settle"], timeout=30.0, check=False)
+        return self._device(handle)
+
+    def unmap(self, handle: Handle) -> None:
+        if self._look(handle) is not None:
+            self._deactivate(handle)
+
+    def _deactivate(self, name: str) -> None:
+        try:
+            self._lvm("lvchange", "--activate", "n", f"{self._vg}/{name}")
+        except CommandFailed as error:
+            if "in use" in error.stderr or "open" in error.stderr:
+                raise InUse(
+                    "is held by", holders=["a mount or a process that has it open"], subject=f"{self._vg}/{name}"
+                ) from None
+            raise
+
+    def mapped(self, handle: Handle) -> Path | None:
+        found = self._look(handle)
+        return self._device(handle) if found is not None and found.active else None
+
+    def mappings(self) -> Mapping[VolumeId, Path]:
+        return {
+            VolumeId(name): self._device(Handle(name))
+            for name, found in self._report(f"@{TAG}").items()
+            if found.active and _VOLUME.fullmatch(name)
+        }
+
+    def _device(self, handle: Handle) -> Path:
+        return Path("/dev") / self._vg / handle
+
+    def expand(self, handle: Handle, size: int) -> int:
+        if self._there(handle).size < size:
+            self._lvm("lvextend", "--size", f"{size}b", f"{self._vg}/{handle}")
+        return self._there(handle).size
+
+    # Copies
+    def snapshot(self, handle: Handle, snapshot_id: SnapshotId) -> Handle:
+        self._copy(handle, snapshot_id)
+        return Handle(snapshot_id)
+
+    def _copy(self, source: str, target: str) -> None:
+        if self._look(target) is not None:
+            return
+        self._there(Handle(source))
+        self._check_room()
+        self._lvm(
+            *("lvcreate", "--yes", "--snapshot", "--setactivationskip", "n", "--name", target),
+            *("--addtag", TAG, f"{self._vg}/{source}"),
+        )
+        crash.point("lvm.copy.made")
+        self._deactivate(target)
+
+    def delete_snapshot(self, snapshot: Handle) -> None:
+        self._remove(snapshot)
+
+    def list_snapshots(self) -> Iterable[FoundSnapshot]:
+        for name in sorted(self._report(f"@{TAG}")):
+            if _SNAPSHOT.fullmatch(name):
+                yield FoundSnapshot(Handle(name), SnapshotId(name))
+
+    def restore(self, handle: Handle, snapshot: Handle) -> None:
+        """The new state is made beside the old one, takes its name, and only then the old one goes."""
+        new, old = f"{handle}_new", f"{handle}_old"
+        if self._look(handle) is not None:
+            size = self._there(handle).size
+            self._remove(old)
+            self._remove(new)
+            self._copy(snapshot, new)
+            if self._there(Handle(new)).size < size:
+                self._lvm("lvextend", "--size", f"{size}b", f"{self._vg}/{new}")
+            crash.point("lvm.restore.new")
+            self._deactivate(handle)
+            self._lvm("lvrename", self._vg, handle, old)
+            crash.point("lvm.restore.old")
+        if self._look(new) is not None:
+            self._lvm("lvrename", self._vg, new, handle)
+        crash.point("lvm.restore.renamed")
+        self._remove(old)
+
+    def create_from_snapshot(self, snapshot: Handle, spec: VolumeSpec) -> CreatedVolume:
+        return self._create_copy(snapshot, spec)
+
+    def clone(self, source: Handle, spec: VolumeSpec) -> CreatedVolume:
+        return self._create_copy(source, spec)
+
+    def _create_copy(self, source: Handle, spec: VolumeSpec) -> CreatedVolume:
+        size = self._checked(spec)
+        least = self._there(source).size
+        if size < least:
+            raise OutOfRange(f"{least} bytes do not fit into {size}", subject=f"backend {self.backend}")
+        self._copy(source, spec.id)
+        return CreatedVolume(Handle(spec.id), self.expand(Handle(spec.id), size))
+
+    def capacity(self) -> Capacity:
+        pool = self._report(f"{self._vg}/{self._pool}")[self._pool]
+        return Capacity(total=pool.size, available=int(pool.size * (100 - pool.data_percent) / 100))
+
+    # Reading
+    def _there(self, handle: Handle) -> _Volume:
+        found = self._look(handle)
+        if found is None:
+            raise NotFound(f"{self._vg}/{handle} is gone", subject=f"backend {self.backend}")
+        return found
+
+    def _look(self, name: str) -> _Volume | None:
+        return self._report("--select", f"lv_name={name}", self._vg).get(name)
+
+    def _report(self, *what: str) -> dict[str, _Volume]:
+        """Logical volumes of our group, by name."""
+        columns = "vg_name,lv_name,lv_size,data_percent,lv_active"
+        told = self._lvm("lvs", "--reportformat", "json", "--units", "b", "--nosuffix", "--options", columns, *what)
+        rows = json.loads(told)["report"][0]["lv"]
+        return {
+            row["lv_name"]: _Volume(
+                size=int(row["lv_size"]),
+                data_percent=float(row["data_percent"] or 0),
+                active=row["lv_active"] == "active",
+            )
+            for row in rows
+            if row["vg_name"] == self._vg
+        }
+
+    def _lvm(self, *words: str) -> str:
+        return self.host.run(list(words), timeout=120.0).stdout

@@ -1,0 +1,120 @@
+"""A Host that touches nothing: a mount table in memory over real folders. For tests that need no root."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from volumed.driver import Completed, Host, Loop, MountEntry
+from volumed.errors import CommandFailed, HostError, MountFailed, NotSupported, VolumedError
+
+
+class FakeHost(Host):
+    """`fail("bind", error)` makes the next such call raise. `calls` holds what was done, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, ...]] = []
+        self.answers: dict[str, Completed] = {}  # of `run`, by the command's name
+        self._failures: dict[str, list[VolumedError]] = {}
+        self._table: dict[Path, MountEntry] = {}
+        self._changed = threading.Event()
+
+    def fail(self, method: str, error: VolumedError) -> None:
+        self._failures.setdefault(method, []).append(error)
+
+    def _called(self, method: str, *details: object) -> None:
+        self.calls.append((method, *map(str, details)))
+        if self._failures.get(method):
+            raise self._failures[method].pop(0)
+
+    def run(
+        self,
+        argv: Sequence[str | Path],
+        *,
+        timeout: float = 60.0,
+        stdin: str | None = None,
+        env: Mapping[str, str] | None = None,
+        secrets: Sequence[str] = (),
+        check: bool = True,
+    ) -> Completed:
+        self._called("run", *argv)
+        try:
+            return self.answers[str(argv[0])]
+        except KeyError:
+            raise CommandFailed(f"{argv[0]} is not here", returncode=127) from None
+
+    def mount(
+        self, source: str | Path, target: Path, *, fstype: str, options: Sequence[str] = (), readonly: bool = False
+    ) -> None:
+        self._called("mount", source, target, fstype, *options)
+        self._enter(Path(source), target, fstype, readonly=readonly)
+
+    def bind(self, source: Path, target: Path, *, readonly: bool = False, options: Sequence[str] = ()) -> None:
+        self._called("bind", source, target, *options)
+        if not source.exists():
+            raise MountFailed("no such file or directory", subject=str(target))
+        self._enter(source, target, "none", readonly=readonly)
+
+    def _enter(self, source: Path, target: Path, fstype: str, *, readonly: bool) -> None:
+        if not target.is_dir():
+            raise MountFailed("no such file or directory", subject=str(target))
+        flag = "ro" if readonly else "rw"
+        self._table[target] = MountEntry(len(self._table), 0, "0:1", "/", target, (flag,), fstype, str(source), ())
+        self._changed.set()
+
+    def unmount(self, target: Path) -> None:
+        self._called("unmount", target)
+        if self._table.pop(target, None) is not None:
+            self._changed.set()
+
+    def is_mountpoint(self, path: Path) -> bool:
+        return path in self._table
+
+    def mounts(self) -> Sequence[MountEntry]:
+        return list(self._table.values())
+
+    def source_of(self, target: Path) -> Path:
+        """What is mounted there: a bind mount's content is seen through it."""
+        return Path(self._table[target].source)
+
+    def wait_for_mount_change(self, timeout: float) -> bool:
+        changed = self._changed.wait(timeout)
+        self._changed.clear()
+        return changed
+
+    def replay_log(self, device: Path, *, fstype: str, options: Sequence[str] = ()) -> None:
+        self._called("replay_log", device, fstype, *options)
+
+    def attach_loop(self, backing_file: Path, *, direct_io: bool = True, readonly: bool = False) -> Path:
+        raise HostError("has no loop devices", subject="the fake host")
+
+    def find_loop(self, backing_file: Path) -> Path | None:
+        return None
+
+    def detach_loop(self, device: Path) -> None:
+        self._called("detach_loop", device)
+
+    def refresh_loop(self, device: Path) -> None:
+        self._called("refresh_loop", device)
+
+    def loops(self) -> Sequence[Loop]:
+        return []
+
+    def project_quota_supported(self, path: Path) -> bool:
+        return False
+
+    def set_project_quota(self, path: Path, *, project: int, limit: int) -> None:
+        raise NotSupported("has no quotas", subject="the fake host")
+
+    def project_usage(self, path: Path, *, project: int) -> int:
+        return 0
+
+    def project_limit(self, path: Path, *, project: int) -> int:
+        return 0
+
+    def clear_project_quota(self, path: Path, *, project: int) -> None:
+        self._called("clear_project_quota", path, project)
+
+    def reflink(self, source: Path, target: Path) -> None:
+        raise NotSupported("cannot share data between files", subject="the fake host")
