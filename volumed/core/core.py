@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from volumed import context
@@ -145,9 +146,9 @@ class Core:
         self._spawn("reconcile", self._keep_converging)
         self._spawn("sweep", self._sweep)
         for source in self._sources:
-            self._spawn(f"consumers-{source.engine}", lambda source=source: self._follow(source))
+            self._spawn(f"consumers-{source.engine}", partial(self._follow, source))
             wake = self._wake[source.engine]
-            self._spawn(f"watch-{source.engine}", lambda source=source, wake=wake: source.watch(wake.set, self._stop))
+            self._spawn(f"watch-{source.engine}", partial(source.watch, wake.set, self._stop))
 
     def stop(self) -> None:
         """End the threads; mounts stay as they are, for the containers that use them."""
@@ -189,7 +190,7 @@ class Core:
             if self._stop.wait(SETTLE_TIME if changed else 0):
                 return
             with context.request():
-                self._guarded("reconciling", lambda changed=changed: self.reconciler.run(thorough=not changed))
+                self._guarded("reconciling", partial(self.reconciler.run, thorough=not changed))
                 if not changed:
                     self._guarded("recovery", self.journal.recover)
                     self._guarded("usage", self.usage.refresh_mounted)
@@ -228,7 +229,7 @@ def open_backends(settings: Settings, *, drivers: DriverRegistry, host: Host) ->
             driver_name=table.driver,
             workers=table.workers,
             disabled=table.disabled_capabilities,
-            where=lambda key, name=name: settings.locate("backends", name, key),
+            where=partial(settings.locate, "backends", name),
             drivers=drivers,
             host=host,
         )

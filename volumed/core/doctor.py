@@ -6,6 +6,7 @@ What is safe is done with `fix`. Data is deleted only when it is named.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from volumed.core.presence import Presence
 from volumed.core.reconcile import TABLE, Action, Desired, Reconciler
 from volumed.driver import Driver, Found, FoundSnapshot, SupportsSnapshots
 from volumed.errors import VolumedError
-from volumed.model import Snapshot, SnapshotState, Volume, VolumeId, VolumeState
+from volumed.model import Snapshot, SnapshotId, SnapshotState, Volume, VolumeId, VolumeState
 from volumed.store.repository import Repository
 
 
@@ -108,7 +109,7 @@ class Doctor:
                     text=f"{operation.kind} begun {operation.started:%Y-%m-%d %H:%M:%S}Z stuck: {operation.error}",
                     action="try to settle it again",
                 ),
-                lambda volume=volume: self._settle(volume),
+                partial(self._settle, volume),
             )
 
     def _settle(self, volume: Volume | None) -> None:
@@ -134,7 +135,7 @@ class Doctor:
                 id=f"{kind}:{volume_id}", kind=kind, subject=f"volume {volume.name}", text=text, action=remedy
             )
             fixable = action is not Action.REPORT
-            yield _Case(finding, (lambda ident=volume_id: self._reconciler.converge(ident)) if fixable else None)
+            yield _Case(finding, partial(self._reconciler.converge, volume_id) if fixable else None)
 
     def _strangers(self) -> Iterator[_Case]:
         """What lies in our folder of mounts and belongs to no volume."""
@@ -189,7 +190,7 @@ class Doctor:
 
     def _snapshots(self, backend: Backend, driver: SupportsSnapshots) -> Iterator[_Case]:
         there = {found.snapshot_id: found for found in backend.call(lambda: list(driver.list_snapshots()))}
-        known: dict[str, Snapshot] = {}
+        known: dict[SnapshotId, Snapshot] = {}
         for snapshot in self._repository.snapshots():
             volume = self._repository.volume(snapshot.volume_id)
             if volume is not None and volume.backend == backend.name:

@@ -12,6 +12,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import msgspec
 
@@ -130,7 +131,6 @@ class Journal:
             "operation.recovered",
             current.name,
             f"{operation.kind} of an earlier attempt settled",
-            kind=operation.kind,
         )
         return self._repository.volume(volume.id)
 
@@ -158,7 +158,7 @@ class Journal:
         for name, volumes in rows.items():
             try:
                 with context.request(timeout=patience):
-                    self._backends.get(name).call(lambda volumes=volumes: self._settle_each(volumes))
+                    self._backends.get(name).call(partial(self._settle_each, volumes))
             except VolumedError as error:
                 _log.warning("backend %s: recovery goes on later: %s", name, error, extra={"backend": name})
 

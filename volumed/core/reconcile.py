@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from volumed.core.backends import Backend, Backends
 from volumed.core.events import Events
@@ -85,7 +86,7 @@ class Reconciler:
                 by_backend.setdefault(volume.backend, []).append(volume)
         for name, volumes in by_backend.items():
             try:
-                self._backends.get(name).call(lambda volumes=volumes: self._converge_all(volumes))
+                self._backends.get(name).call(partial(self._converge_all, volumes))
             except VolumedError as error:
                 _log.warning("backend %s: reconciling goes on later: %s", name, error, extra={"backend": name})
 

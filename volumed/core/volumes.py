@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from volumed.core.backends import Backend, Backends
@@ -93,7 +95,7 @@ class Volumes:
         """In the order of their ids; the next page is after the last one's id."""
         return self._repository.volumes(after=after, limit=limit)
 
-    def names(self) -> list[tuple[str, VolumeId]]:
+    def names(self) -> Sequence[tuple[str, VolumeId]]:
         """Every name with its id; cheap, however many there are."""
         return self._repository.volume_names()
 

@@ -1,0 +1,258 @@
+"""volumed.toml, read once into frozen settings. An error names file, line and key, and the nearest right one."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import socket
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+
+from volumed.errors import ConfigError, InvalidRequest
+from volumed.units import parse_duration
+
+_BACKEND_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+
+
+class DockerSettings(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
+    socket: Path = Path("/run/docker/plugins/volumed.sock")
+    group: str = ""  # who may use it besides root
+    enabled: bool = True
+
+
+class AdminSettings(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
+    socket: Path = Path("/run/volumed/admin.sock")
+    group: str = ""
+
+
+class LogSettings(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
+    level: str = "info"
+    format: str = "auto"
+
+
+class DockerEngine(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
+    socket: Path = Path("/run/docker.sock")
+    enabled: bool = True
+
+
+class PodmanEngine(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
+    command: str = "podman"
+    arguments: tuple[str, ...] = ()
+    enabled: bool = True
+
+
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
+    docker: DockerEngine = DockerEngine()
+    podman: PodmanEngine = PodmanEngine()
+
+
+class BackendSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """`options` are the driver's own keys, checked by the driver's model when the backend is opened."""
+
+    driver: str
+    workers: int = 16
+    disabled_capabilities: tuple[str, ...] = ()
+    options: dict[str, Any] = {}
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
+    """Durations are seconds."""
+
+    state_dir: Path = Path("/var/lib/volumed")  # the ledger and the mounts
+    runtime_dir: Path = Path("/run/volumed")
+    node: str = ""
+    default_backends: tuple[str, ...] = ()  # the first that can do what is asked; empty: all, in the file's order
+    history: float = 30 * 86400.0  # how long ended bindings are kept
+    reconcile_interval: float = 30.0
+    consumer_grace: float = 30.0  # how long a container must be gone before its binding is dropped
+    operation_timeout: float = 100.0  # below Docker's patience of 120 s for Create and Mount
+    docker: DockerSettings = DockerSettings()
+    admin: AdminSettings = AdminSettings()
+    log: LogSettings = LogSettings()
+    engines: EngineSettings = EngineSettings()
+    backends: dict[str, BackendSettings] = {}
+    source: str = "the embedded default"
+    lines: dict[tuple[str, ...], int] = {}  # of each key in the file
+
+    def locate(self, *path: str) -> str:
+        """`/etc/volumed/volumed.toml:12` for a key, or for what holds it when it is not written there."""
+        for length in range(len(path), 0, -1):
+            if (line := self.lines.get(path[:length])) is not None:
+                return f"{self.source}:{line}"
+        return self.source
+
+
+_DURATIONS = ("history", "reconcile-interval", "consumer-grace", "operation-timeout")
+_LEVELS = ("debug", "info", "warning", "error")
+_FORMATS = ("auto", "journal", "text", "json")
+
+
+def default_settings(root: Path | None = None) -> Settings:
+    """The embedded default: folders for volumes without a size, images for those with one. With `root`, all of it,
+    sockets too, lies below that folder and Docker is left alone."""
+    state = root / "lib" if root else Path("/var/lib/volumed")
+    run = root / "run" if root else Path("/run/volumed")
+    return Settings(
+        state_dir=state,
+        runtime_dir=run,
+        node=socket.gethostname(),
+        default_backends=("local", "sized"),
+        admin=AdminSettings(socket=run / "admin.sock"),
+        docker=DockerSettings(socket=run / "docker.sock", enabled=root is None) if root else DockerSettings(),
+        backends={
+            "local": BackendSettings(driver="directory", options={"path": str(state / "volumes")}),
+            "sized": BackendSettings(driver="image", options={"path": str(state / "images")}),
+        },
+    )
+
+
+def load(path: Path) -> Settings:
+    """Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read: {error}", subject=str(path)) from None
+    return parse(text, source=str(path))
+
+
+def parse(text: str, *, source: str) -> Settings:
+    """Raises ConfigError."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"is no TOML: {error}", subject=source) from None
+    return _Reader(source, key_lines(text)).settings(document)
+
+
+class _Reader:
+    def __init__(self, source: str, lines: dict[tuple[str, ...], int]) -> None:
+        self._source = source
+        self._lines = lines
+
+    def settings(self, document: dict[str, Any]) -> Settings:
+        backends = {name: self._backend(name, table) for name, table in self._table(document, "backends").items()}
+        known = dict(document, backends={})
+        for key in _DURATIONS:
+            if key in known:
+                known[key] = self._duration(known[key], key)
+        self._check_keys(Settings, known, ())
+        known.setdefault("node", socket.gethostname())
+        read = self._convert(Settings, known)
+        self._check(read, backends)
+        return msgspec.structs.replace(read, backends=backends, source=self._source, lines=self._lines)
+
+    def _backend(self, name: str, table: object) -> BackendSettings:
+        path = ("backends", name)
+        if not _BACKEND_NAME.fullmatch(name):
+            raise self._wrong(path, f"{name!r} is no backend name", "use a-z, 0-9 and -, at most 63 characters")
+        if not isinstance(table, dict):
+            raise self._wrong(path, "must be a table", f"write [backends.{name}]")
+        if not isinstance(table.get("driver"), str):
+            raise self._wrong(path, f"backend {name} names no driver", 'add driver = "directory"')
+        workers = table.get("workers", 16)
+        if not isinstance(workers, int) or not 1 <= workers <= 256:
+            raise self._wrong((*path, "workers"), "must be a number from 1 to 256", "")
+        disabled = table.get("disabled-capabilities", [])
+        if not isinstance(disabled, list) or not all(isinstance(word, str) for word in disabled):
+            raise self._wrong((*path, "disabled-capabilities"), "must be a list of words", "")
+        ours = {"driver", "workers", "disabled-capabilities"}
+        return BackendSettings(
+            driver=cast(str, table["driver"]),
+            workers=workers,
+            disabled_capabilities=tuple(cast("list[str]", disabled)),
+            options={key: value for key, value in table.items() if key not in ours},
+        )
+
+    def _table(self, document: Mapping[str, Any], key: str) -> dict[str, Any]:
+        table = document.get(key, {})
+        if not isinstance(table, dict):
+            raise self._wrong((key,), "must be a table", f"write [{key}.NAME]")
+        return table
+
+    def _duration(self, value: object, key: str) -> float:
+        try:
+            seconds = parse_duration(str(value))
+        except InvalidRequest as error:
+            raise self._wrong((key,), error.text, error.hint) from None
+        if seconds <= 0:
+            raise self._wrong((key,), "must be more than zero", "")
+        return seconds
+
+    def _check_keys(self, kind: type[msgspec.Struct], table: Mapping[str, Any], path: tuple[str, ...]) -> None:
+        """Every key, at every depth, before any value: a typo is the commonest mistake and deserves the best answer."""
+        fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
+        for key in ("source", "lines"):
+            fields.pop(key, None)
+        for key, value in table.items():
+            if key not in fields:
+                close = difflib.get_close_matches(key, fields, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(sorted(fields))}"
+                raise self._wrong((*path, key), f"there is no key {key!r}", hint)
+            below = fields[key]
+            if isinstance(below, type) and issubclass(below, msgspec.Struct):
+                if not isinstance(value, dict):
+                    raise self._wrong((*path, key), "must be a table", f"write [{'.'.join((*path, key))}]")
+                self._check_keys(below, value, (*path, key))
+
+    def _convert(self, kind: type[Settings], table: Mapping[str, Any]) -> Settings:
+        try:
+            return msgspec.convert(table, kind, dec_hook=_path)
+        except msgspec.ValidationError as error:
+            text, _, where = str(error).partition(" - at `$")
+            path = tuple(part for part in re.split(r"[.\[\]`]+", where) if part and part != "...")
+            raise self._wrong(path, text, "") from None
+
+    def _check(self, settings: Settings, backends: Mapping[str, BackendSettings]) -> None:
+        for name in settings.default_backends:
+            if name not in backends:
+                close = difflib.get_close_matches(name, backends, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(backends) or 'none'}"
+                raise self._wrong(("default-backends",), f"there is no backend {name!r}", hint)
+        if len(set(settings.default_backends)) < len(settings.default_backends):
+            raise self._wrong(("default-backends",), "names a backend twice", "")
+        for path, value, allowed in (
+            (("log", "level"), settings.log.level, _LEVELS),
+            (("log", "format"), settings.log.format, _FORMATS),
+        ):
+            if value not in allowed:
+                raise self._wrong(path, f"{value!r} is not possible", f"choose {', '.join(allowed)}")
+
+    def _wrong(self, path: tuple[str, ...], text: str, hint: str) -> ConfigError:
+        settings = Settings(source=self._source, lines=self._lines)
+        where = settings.locate(*path)
+        key = ".".join(path)
+        return ConfigError(f"{key}: {text}" if key and key not in text else text, subject=where, hint=hint)
+
+
+def _path(kind: type, value: object) -> object:
+    if kind is Path and isinstance(value, str):
+        if not value.startswith("/"):
+            raise ValueError(f"{value!r} must be an absolute path")
+        return Path(value)
+    raise TypeError(f"expected {kind.__name__}")
+
+
+_HEADER = re.compile(r"\s*\[([^\[\]]+)\]\s*(#.*)?")
+_KEY = re.compile(r"""\s*((?:"[^"]*"|'[^']*'|[A-Za-z0-9_-]+)(?:\s*\.\s*(?:"[^"]*"|'[^']*'|[A-Za-z0-9_-]+))*)\s*=""")
+
+
+def key_lines(text: str) -> dict[tuple[str, ...], int]:
+    """Where each table and key is written. tomllib does not tell; this knows the plain forms that a settings file has,
+    and only words an error message."""
+    lines: dict[tuple[str, ...], int] = {}
+    table: tuple[str, ...] = ()
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := _HEADER.fullmatch(line):
+            table = _parts(header[1])
+            lines.setdefault(table, number)
+        elif key := _KEY.match(line):
+            lines.setdefault((*table, *_parts(key[1])), number)
+    return lines
+
+
+def _parts(dotted: str) -> tuple[str, ...]:
+    return tuple(part.strip().strip("\"'") for part in dotted.split("."))

@@ -1,0 +1,30 @@
+"""The admin app, built when it is first asked for: FastAPI takes a quarter of a second to import, and a start that
+containers wait for should not pay for it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from volumed.core.core import Core
+
+
+class LazyApp:
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._lock = threading.Lock()
+        self._app: Callable[..., Awaitable[None]] | None = None
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        app = self._app or await asyncio.to_thread(self._build)
+        await app(scope, receive, send)
+
+    def _build(self) -> Callable[..., Awaitable[None]]:
+        with self._lock:
+            if self._app is None:
+                from volumed.frontends.admin.app import create_app  # noqa: PLC0415 (late on purpose)
+
+                self._app = create_app(self._core)
+            return self._app
