@@ -140,6 +140,7 @@ async def _serve(core: Core) -> None:
     _greet(core)
     await stopping.wait()
     notify.stopping()
+    core.events.close()  # who follows them would hold the stop
     watchdog.cancel()
     await asyncio.gather(*(server.stop() for server in servers))
 

@@ -94,7 +94,6 @@ class Snapshot(Record, frozen=True, kw_only=True, omit_defaults=True):
 class Engine(enum.StrEnum):
     DOCKER = "docker"
     PODMAN = "podman"
-    ADMIN = "admin"  # mounted by an operator with volumectl
 
 
 class Consumer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

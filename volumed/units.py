@@ -15,7 +15,7 @@ TIB = 1024 * GIB
 MAX_SIZE = 2**63 - 1
 
 _SIZE = re.compile(r"(?P<number>\d{1,20}(?:\.\d{1,6})?)\s*(?P<unit>[kmgtpe]?)(?:i?b)?", re.IGNORECASE | re.ASCII)
-_FACTORS = {unit: KIB**power for power, unit in enumerate(("", "k", "m", "g", "t", "p", "e"))}
+_FACTORS: dict[str, int] = {unit: KIB**power for power, unit in enumerate(("", "k", "m", "g", "t", "p", "e"))}
 
 _DURATION = re.compile(r"(?P<number>\d{1,9}(?:\.\d{1,3})?)\s*(?P<unit>ms|s|m|h|d|w)?", re.ASCII)
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400, None: 1}

@@ -10,7 +10,17 @@ import pytest
 
 from volumed import context
 from volumed.core.backends import Backend, Backends
-from volumed.driver import Capability, CreatedVolume, Driver, Facts, FilesystemDriver, Found, NoOptions, Probe, VolumeSpec
+from volumed.driver import (
+    Capability,
+    CreatedVolume,
+    Driver,
+    Facts,
+    FilesystemDriver,
+    Found,
+    NoOptions,
+    Probe,
+    VolumeSpec,
+)
 from volumed.errors import BackendUnavailable, InvalidRequest, NotSupported, OperationPending
 from volumed.model import Handle
 
@@ -105,10 +115,15 @@ def _call_quietly(backend: Backend, hang: threading.Event) -> None:
     backend.call(lambda: hang.wait(30))
 
 
+def _hang(begun: threading.Event, hang: threading.Event) -> None:
+    begun.set()
+    hang.wait(30)
+
+
 def test_a_request_that_never_got_a_worker_was_never_begun() -> None:
     backend = make_backend(workers=1)
     hang, begun = threading.Event(), threading.Event()
-    blocker = threading.Thread(target=backend.call, args=(lambda: (begun.set(), hang.wait(30)),))
+    blocker = threading.Thread(target=backend.call, args=(lambda: _hang(begun, hang),))
     blocker.start()
     begun.wait(30)
     ran: list[int] = []

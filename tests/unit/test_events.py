@@ -22,5 +22,7 @@ def test_a_listener_gets_what_is_published_while_it_listens() -> None:
     with stream.subscribe() as listener:
         stream.publish("test.during", "data", "heard")
     stream.publish("test.after", "data", "not heard")
-    assert listener.get_nowait().kind == "test.during"
+    heard = listener.get_nowait()
+    assert heard is not None
+    assert heard.kind == "test.during"
     assert listener.empty()

@@ -20,16 +20,11 @@ from volumed import context
 from volumed.core.drivers import DriverRegistry
 from volumed.core.options import nearest, read_options
 from volumed.driver import (
-    BlockDriver,
     Capability,
     Capacity,
     Driver,
-    FilesystemDriver,
     Host,
     SupportsCapacity,
-    SupportsClone,
-    SupportsExpand,
-    SupportsSnapshots,
 )
 from volumed.errors import (
     BackendUnavailable,
@@ -43,14 +38,6 @@ from volumed.model import now
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-_BY_CLASS: dict[type, Capability] = {
-    FilesystemDriver: Capability.FILESYSTEM,
-    SupportsExpand: Capability.EXPAND,
-    SupportsSnapshots: Capability.SNAPSHOT,
-    SupportsClone: Capability.CLONE,
-    SupportsCapacity: Capability.CAPACITY,
-}
 
 
 @dataclass(frozen=True)
@@ -84,14 +71,7 @@ class Backend:
 
     @property
     def capabilities(self) -> frozenset[Capability]:
-        return self.of_class() - frozenset(self.lacking) - self.disabled
-
-    def of_class(self) -> frozenset[Capability]:
-        """What the driver's class can do, wherever its storage is."""
-        by_class = {capability for kind, capability in _BY_CLASS.items() if isinstance(self.driver, kind)}
-        if isinstance(self.driver, BlockDriver):  # core puts a file system on its devices
-            by_class |= {Capability.FILESYSTEM, Capability.BLOCK}
-        return frozenset(by_class | self.driver.capabilities)
+        return self.driver.all_capabilities() - frozenset(self.lacking) - self.disabled
 
     def require(self, capability: Capability) -> None:
         """Raises NotSupported with the reason and what to do instead."""

@@ -36,7 +36,7 @@ class Events:
         self._ids = itertools.count(1)
         self._guard = threading.Lock()
         self._recent: deque[Event] = deque(maxlen=KEPT)
-        self._listeners: set[queue.Queue[Event]] = set()
+        self._listeners: set[queue.Queue[Event | None]] = set()
 
     def publish(
         self, kind: str, subject: str, text: str, *, level: int = logging.INFO, **fields: str | int | None
@@ -56,8 +56,9 @@ class Events:
             return list(self._recent)[-limit:] if limit > 0 else []
 
     @contextlib.contextmanager
-    def subscribe(self) -> Iterator[queue.Queue[Event]]:
-        listener: queue.Queue[Event] = queue.Queue(LISTENER_BACKLOG)
+    def subscribe(self) -> Iterator[queue.Queue[Event | None]]:
+        """A queue of what happens from now on; None ends it."""
+        listener: queue.Queue[Event | None] = queue.Queue(LISTENER_BACKLOG)
         with self._guard:
             self._listeners.add(listener)
         try:
@@ -65,3 +66,10 @@ class Events:
         finally:
             with self._guard:
                 self._listeners.discard(listener)
+
+    def close(self) -> None:
+        """Tell every listener that nothing more comes."""
+        with self._guard:
+            for listener in self._listeners:
+                with contextlib.suppress(queue.Full):
+                    listener.put_nowait(None)

@@ -10,6 +10,7 @@ named per method.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -79,6 +80,17 @@ class Driver(ABC):
         """Does no I/O. `options` is an instance of `BackendOptions`."""
         self.backend = backend
         self.host = host
+
+    @classmethod
+    def all_capabilities(cls) -> frozenset[Capability]:
+        """What the class can do, wherever its storage is: its own word, its shape and its mix-ins."""
+        by_class = {capability for kind, given in _BY_CLASS.items() if issubclass(cls, kind) for capability in given}
+        return frozenset(by_class | cls.capabilities)
+
+    @classmethod
+    def describe(cls) -> str:
+        """One sentence: the first of the module's docstring."""
+        return (sys.modules[cls.__module__].__doc__ or "").partition("\n\n")[0].replace("\n", " ")
 
     @abstractmethod
     def probe(self) -> Probe:
@@ -187,3 +199,13 @@ class SupportsCapacity(ABC):
     @abstractmethod
     def capacity(self) -> Capacity:
         """Bytes, as the storage counts them."""
+
+
+_BY_CLASS: Mapping[type, tuple[Capability, ...]] = {
+    FilesystemDriver: (Capability.FILESYSTEM,),
+    BlockDriver: (Capability.FILESYSTEM, Capability.BLOCK),  # core puts a file system on its devices
+    SupportsExpand: (Capability.EXPAND,),
+    SupportsSnapshots: (Capability.SNAPSHOT,),
+    SupportsClone: (Capability.CLONE,),
+    SupportsCapacity: (Capability.CAPACITY,),
+}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,6 +60,8 @@ class Ext4(Filesystem):
         state = int.from_bytes(superblock[0x3A:0x3C], "little")
         needs_recovery = int.from_bytes(superblock[0x60:0x64], "little") & 0x4
         if state & 1 and not state & 2 and not needs_recovery:
+            return
+        if _claimed(device):
             return
         told = host.run(["e2fsck", "-p", device], timeout=CHECK_TIMEOUT, check=False)
         if told.returncode >= 4:  # e2fsck(8): 1 and 2 are corrected errors
@@ -147,6 +151,18 @@ def _read(device: Path, *, offset: int, size: int) -> bytes:
             return opened.read(size)
     except OSError as error:
         raise HostError(f"cannot be read: {error.strerror}", subject=str(device)) from None
+
+
+def _claimed(device: Path) -> bool:
+    """Whether it is mounted already, perhaps in a container's namespace alone: then it looks unclean because it is in
+    use, and mounting it again joins the same file system (open(2), O_EXCL on a block device)."""
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            return True
+        raise HostError(f"cannot be opened: {error.strerror}", subject=str(device)) from None
+    return False
 
 
 def _not_here(kind: Filesystem, device: Path) -> IntegrityError:

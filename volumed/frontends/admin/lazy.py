@@ -10,21 +10,26 @@ from typing import Any
 
 from volumed.core.core import Core
 
+ASGIApp = Callable[[dict[str, Any], Any, Any], Awaitable[None]]
+
 
 class LazyApp:
     def __init__(self, core: Core) -> None:
         self._core = core
         self._lock = threading.Lock()
-        self._app: Callable[..., Awaitable[None]] | None = None
+        self._app: ASGIApp | None = None
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        app = self._app or await asyncio.to_thread(self._build)
+        app = self._app
+        if app is None:
+            app = await asyncio.to_thread(self._build)
         await app(scope, receive, send)
 
-    def _build(self) -> Callable[..., Awaitable[None]]:
+    def _build(self) -> ASGIApp:
         with self._lock:
-            if self._app is None:
+            app = self._app
+            if app is None:
                 from volumed.frontends.admin.app import create_app  # noqa: PLC0415 (late on purpose)
 
-                self._app = create_app(self._core)
-            return self._app
+                app = self._app = create_app(self._core)
+            return app

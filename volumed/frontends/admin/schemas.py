@@ -1,0 +1,232 @@
+"""The admin API's bodies, as OpenAPI shows them. Answers are read from the ledger's records by attribute."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from volumed.core.volumes import CreateVolume
+from volumed.errors import InvalidRequest
+from volumed.model import Engine, Ownership, SnapshotState, VolumeMode, VolumeState
+from volumed.units import MAX_SIZE, parse_size
+
+
+def _size(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            return parse_size(value)
+        except InvalidRequest as error:
+            raise ValueError(str(error)) from None
+    return value
+
+
+Size = Annotated[
+    int,
+    BeforeValidator(_size, json_schema_input_type=int | str),
+    Field(ge=1, le=MAX_SIZE, description="Bytes, or text as 20g and 512MiB"),
+]
+
+
+class Body(BaseModel):
+    """What is sent to us: a key that is not known is a mistake and not ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class View(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
+
+class OwnershipModel(Body):
+    model_config = ConfigDict(extra="forbid", frozen=True, from_attributes=True)
+
+    uid: int | None = Field(default=None, ge=0, le=2**32 - 2)
+    gid: int | None = Field(default=None, ge=0, le=2**32 - 2)
+    mode: int | None = Field(default=None, ge=0, le=0o7777, description="Permission bits, as a number")
+
+
+class CreateBody(Body):
+    name: str
+    backend: str = ""
+    size: Size | None = None
+    mode: VolumeMode = VolumeMode.FILESYSTEM
+    filesystem: str = ""
+    mkfs_options: tuple[str, ...] = ()
+    mount_options: tuple[str, ...] = ()
+    ownership: OwnershipModel = OwnershipModel()
+    source: str = Field(default="", description="VOLUME to clone it, VOLUME@SNAPSHOT for a snapshot's data")
+    labels: dict[str, str] = {}
+    options: dict[str, str] = Field(default={}, description="The driver's own")
+
+    def request(self) -> CreateVolume:
+        fields = dict(self)
+        fields["ownership"] = Ownership(**self.ownership.model_dump())
+        return CreateVolume(**fields)
+
+
+class ExpandBody(Body):
+    size: Size
+
+
+class SnapshotBody(Body):
+    name: str = Field(default="", description="Left out: named after the time")
+
+
+class DoctorBody(Body):
+    fix: list[str] = Field(default=[], description="Ids of findings to fix; empty: all that destroy nothing")
+    destroy: list[str] = Field(default=[], description="Ids of findings whose fix deletes data")
+
+
+class ConsumerView(View):
+    id: str
+    name: str
+    image: str
+    pid: int
+    target: str
+    readonly: bool
+
+
+class BindingView(View):
+    volume: str
+    volume_id: str
+    node: str
+    engine: Engine
+    mount_id: str
+    since: datetime
+    count: int
+    consumers: list[ConsumerView]
+
+
+class HistoricBindingView(View):
+    volume: str
+    volume_id: str
+    node: str
+    engine: Engine
+    mount_id: str
+    since: datetime
+    until: datetime
+    reason: str
+    consumers: list[ConsumerView]
+
+
+class SnapshotView(View):
+    id: str
+    name: str
+    volume_id: str
+    state: SnapshotState
+    created: datetime
+    size: int | None
+
+
+class UsageView(View):
+    used: int | None = Field(description="Bytes; null when it cannot be told without mounting the volume")
+    total: int | None = Field(description="Bytes; null for a volume without a size")
+    at: datetime
+
+
+class VolumeView(View):
+    id: str
+    name: str
+    backend: str
+    state: VolumeState
+    created: datetime
+    size: int | None
+    mode: VolumeMode
+    filesystem: str | None
+    mkfs_options: list[str]
+    mount_options: list[str]
+    ownership: OwnershipModel
+    options: dict[str, str]
+    labels: dict[str, str]
+    source: str
+
+
+class VolumeDetail(VolumeView):
+    path: str | None = Field(description="Where it is mounted on this node")
+    usage: UsageView | None = Field(description="As it was last seen")
+    snapshots: list[SnapshotView]
+    bindings: list[BindingView]
+
+
+class VolumePage(View):
+    volumes: list[VolumeView]
+    next: str | None = Field(description="`after` of the next page")
+
+
+class RemovalView(View):
+    volume: VolumeView
+    used: int | None
+
+
+class CapacityView(View):
+    total: int
+    available: int
+
+
+class BackendView(View):
+    name: str
+    driver: str
+    default: bool
+    ok: bool
+    error: str
+    capabilities: list[str]
+    volumes: int
+
+
+class BackendDetail(BackendView):
+    lacking: dict[str, str] = Field(description="What the driver can do and this storage cannot, with the reason")
+    disabled: list[str]
+    facts: dict[str, str]
+    capacity: CapacityView | None
+
+
+class OptionView(View):
+    key: str
+    type: str
+    default: str | None
+    required: bool
+    description: str
+
+
+class DriverView(View):
+    name: str
+    distribution: str
+    description: str
+    error: str = Field(description="Why it cannot be loaded")
+
+
+class DriverDetail(DriverView):
+    capabilities: list[str]
+    backend_options: list[OptionView]
+    volume_options: list[OptionView]
+
+
+class FindingView(View):
+    id: str
+    kind: str
+    subject: str
+    text: str
+    action: str
+    destroys: bool
+    fixed: bool
+    error: str
+
+
+class VersionView(View):
+    version: str
+    node: str
+    python: str
+    kernel: str
+
+
+class ErrorView(View):
+    """Every answer with a status of 400 or more."""
+
+    code: str
+    message: str
+    subject: str = ""
+    hint: str = ""
+    retry_after: float | None = Field(default=None, description="Seconds; null when a retry cannot help")
+    request_id: str
