@@ -1,0 +1,67 @@
+"""What all tiers share: real file systems on loop devices, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from volumed.host import loop, mounts
+from volumed.host.linux import LinuxHost
+
+MakeFilesystem = Callable[..., Path]
+
+
+def sh(*words: str | Path) -> str:
+    """Run a command; its output. A failure fails the test with what it said."""
+    told = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
+    assert told.returncode == 0, f"{words}: {told.stdout}{told.stderr}"
+    return told.stdout
+
+
+def wait_until(condition: Callable[[], object], *, timeout: float = 30.0) -> None:
+    """Fails the test when it does not come true in time."""
+    ends = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < ends, "it did not come true in time"
+        time.sleep(0.02)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run by nobody but root, such a test would prove nothing: it fails instead of being left out."""
+    for item in items:
+        if item.get_closest_marker("root") and os.geteuid() != 0:
+            item.add_marker(pytest.mark.xfail(reason="needs root", run=False, strict=True))
+
+
+@pytest.fixture
+def host() -> LinuxHost:
+    return LinuxHost()
+
+
+@pytest.fixture
+def make_filesystem(tmp_path: Path) -> Iterator[MakeFilesystem]:
+    """`make_filesystem("btrfs", size=1 << 30)` is a mounted file system of its own."""
+    made: list[Path] = []
+
+    def make(kind: str, *, size: int = 1 << 30, options: tuple[str, ...] = ()) -> Path:
+        image, target = tmp_path / f"{kind}-{len(made)}.img", tmp_path / f"{kind}-{len(made)}"
+        with image.open("wb") as file:
+            file.truncate(size)
+        sh(f"mkfs.{kind}", "-q", *(() if kind != "ext4" else ("-F",)), image)
+        device = loop.attach(image, direct_io=False, readonly=False)
+        target.mkdir()
+        mounts.mount(device, target, fstype=kind, options=options, readonly=False)
+        made.append(target)
+        return target
+
+    yield make
+    for target in made:
+        mounts.unmount(target)
+        device = loop.find(target.with_suffix(".img"))
+        if device:
+            loop.detach(device)
