@@ -25,6 +25,24 @@ from volumed.store.repository import Repository
 _log = logging.getLogger(__name__)
 
 
+class _Sightings:
+    """What one engine's looks showed, and since when without a break. Engine and ledger change one after the other, so
+    that a look between the two must not be believed: only what lasts is acted on."""
+
+    def __init__(self, grace: float) -> None:
+        self._grace = grace
+        self._since: dict[tuple[str, ...], float] = {}
+        self._now: dict[tuple[str, ...], float] = {}
+
+    def lasts(self, *what: str) -> bool:
+        self._now[what] = self._since.get(what, time.monotonic())
+        return time.monotonic() - self._now[what] >= self._grace
+
+    def end_look(self) -> None:
+        """What this look did not show is forgotten."""
+        self._since, self._now = self._now, {}
+
+
 class Bindings:
     def __init__(
         self,
@@ -43,8 +61,8 @@ class Bindings:
         self._locks = locks
         self._events = events
         self._grace = grace
-        self._gone_since: dict[tuple[str, str, str], float] = {}
-        self._alarmed: set[tuple[str, str]] = set()
+        self._sightings: dict[Engine, _Sightings] = defaultdict(lambda: _Sightings(grace))
+        self._missing: dict[Engine, set[tuple[str, str]]] = {}
 
     # Asking
     def of_volume(self, volume_id: VolumeId) -> list[Binding]:
@@ -94,32 +112,30 @@ class Bindings:
         for binding in self._repository.bindings(node=self._node):
             if binding.engine is source.engine:
                 bound[binding.volume_id].append(binding)
+        seen = self._sightings[source.engine]
+        missing: set[tuple[str, str]] = set()
         for volume_id, bindings in bound.items():
             volume = self._repository.volume(volume_id)
             mine = by_volume.pop(volume.name, []) if volume else []
-            self._match(bindings, mine)
+            self._match(bindings, mine, seen)
             if volume:
-                self._adopt(volume, source.engine, bindings, mine)
-                self._alarm(volume, mine)
+                self._adopt(volume, source.engine, bindings, mine, seen)
+                missing |= self._without_mount(volume, mine, seen)
         for name, rest in by_volume.items():
             volume = self._repository.volume_by_name(name)
             if volume is not None:
-                self._adopt(volume, source.engine, [], rest)
-                self._alarm(volume, rest)
+                self._adopt(volume, source.engine, [], rest, seen)
+                missing |= self._without_mount(volume, rest, seen)
+        self._alarm(source.engine, missing)
+        seen.end_look()
 
-    def _match(self, bindings: list[Binding], holds: list[Hold]) -> None:
+    def _match(self, bindings: list[Binding], holds: list[Hold], seen: _Sightings) -> None:
         for binding in bindings:
             running = [hold for hold in _holders_of(binding, holds) if hold.running]
-            key = (binding.volume_id, binding.engine, binding.mount_id)
             if running:
-                self._gone_since.pop(key, None)
                 self._name(binding, running)
-            elif self._gone_for(key) >= self._grace <= (now() - binding.since).total_seconds():
-                self._gone_since.pop(key, None)
+            elif seen.lasts("gone", binding.volume_id, binding.mount_id, binding.since.isoformat()):
                 self._drop(binding)
-
-    def _gone_for(self, key: tuple[str, str, str]) -> float:
-        return time.monotonic() - self._gone_since.setdefault(key, time.monotonic())
 
     def _name(self, binding: Binding, holds: Iterable[Hold]) -> None:
         consumers = tuple(
@@ -150,7 +166,9 @@ class Bindings:
             return
         self._events.publish("binding.vanished", name, f"{binding.engine} container {who} is gone", who=who)
 
-    def _adopt(self, volume: Volume, engine: Engine, bindings: list[Binding], holds: list[Hold]) -> None:
+    def _adopt(
+        self, volume: Volume, engine: Engine, bindings: list[Binding], holds: list[Hold], seen: _Sightings
+    ) -> None:
         """A container runs on the volume and the ledger does not know: an older ledger was put back, most likely."""
         if volume.state is not VolumeState.READY:
             return
@@ -159,10 +177,11 @@ class Bindings:
             if not hold.running or hold.mount_id in covered:
                 continue
             covered.add(hold.mount_id)
+            mount_id = hold.mount_id or hold.consumer.id
+            if not seen.lasts("unbound", volume.id, mount_id):
+                continue
             try:
-                self._mounts.acquire(
-                    volume, engine=engine, mount_id=hold.mount_id or hold.consumer.id, consumer=hold.consumer
-                )
+                self._mounts.acquire(volume, engine=engine, mount_id=mount_id, consumer=hold.consumer)
             except VolumedError as error:
                 _log.warning("volume %s: container %s uses it unbound: %s", volume.name, hold.consumer.name, error)
                 continue
@@ -170,25 +189,27 @@ class Bindings:
                 "binding.adopted", volume.name, f"{engine} container {hold.consumer.name} was using it unrecorded"
             )
 
-    def _alarm(self, volume: Volume, holds: list[Hold]) -> None:
+    def _without_mount(self, volume: Volume, holds: list[Hold], seen: _Sightings) -> set[tuple[str, str]]:
+        if self._mounts.path(volume.id) is not None:
+            return set()
+        running = {(volume.name, hold.consumer.name) for hold in holds if hold.running}
+        return {pair for pair in running if seen.lasts("unmounted", *pair)}
+
+    def _alarm(self, engine: Engine, missing: set[tuple[str, str]]) -> None:
         """A running container whose volume is not mounted writes to nowhere that lasts: say it once, loudly."""
-        for hold in holds:
-            key = (volume.id, hold.consumer.id)
-            if not hold.running or self._mounts.path(volume.id) is not None:
-                self._alarmed.discard(key)
-            elif key not in self._alarmed:
-                self._alarmed.add(key)
-                self._events.publish(
-                    "mount.missing",
-                    volume.name,
-                    f"container {hold.consumer.name} runs, but the volume is not mounted: restart the container",
-                    level=logging.CRITICAL,
-                    container=hold.consumer.name,
-                )
+        for volume, container in missing - self._missing.get(engine, set()):
+            self._events.publish(
+                "mount.missing",
+                volume,
+                f"container {container} runs, but the volume is not mounted: restart the container",
+                level=logging.CRITICAL,
+                container=container,
+            )
+        self._missing[engine] = missing
 
     def missing_mounts(self) -> set[tuple[str, str]]:
-        """(volume id, container id) of each running container whose mount is gone."""
-        return set(self._alarmed)
+        """(volume, container), by name, of each running container whose mount is gone."""
+        return {pair for missing in self._missing.values() for pair in missing}
 
 
 def _holders_of(binding: Binding, holds: list[Hold]) -> list[Hold]:

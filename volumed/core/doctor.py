@@ -159,13 +159,11 @@ class Doctor:
             yield _Case(finding, fix)
 
     def _containers(self) -> Iterator[_Case]:
-        for volume_id, container in sorted(self._bindings.missing_mounts()):
-            volume = self._repository.volume(VolumeId(volume_id))
-            name = volume.name if volume else volume_id
+        for name, container in sorted(self._bindings.missing_mounts()):
             yield _only_report(
                 "mount-missing",
                 f"volume {name}",
-                f"container {container[:12]} runs on it and it is not mounted",
+                f"container {container} runs on it and it is not mounted",
                 "restart the container",
             )
 

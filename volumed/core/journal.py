@@ -74,7 +74,9 @@ class Journal:
     ) -> Iterator[Operation]:
         """A row for what the block does. The block puts it with its first transaction and deletes it with its last;
         when the block fails in between, the kind's rule is applied at once. The caller holds the volume's lock."""
+        superseded = self._repository.operation(volume.id)
         operation = Operation(
+            revision=superseded.revision if superseded else 0,
             kind=kind,
             volume_id=volume.id,
             node=self._node,
@@ -133,6 +135,14 @@ class Journal:
             f"{operation.kind} of an earlier attempt settled",
         )
         return self._repository.volume(volume.id)
+
+    def settle_for_removal(self, volume: Volume) -> Volume | None:
+        """As `settle`, but what only serves a volume's future is superseded by its removal: a growth or a restore that
+        cannot be finished must not keep it for ever."""
+        operation = self._repository.operation(volume.id)
+        if operation is not None and operation.kind in (OperationKind.EXPAND, OperationKind.SNAPSHOT_RESTORE):
+            return self._repository.volume(volume.id)
+        return self.settle(volume)
 
     def _set_aside(self, operation: Operation, volume: Volume, error: str) -> None:
         if operation.error == error:

@@ -182,7 +182,7 @@ class Mounts:
             raise InUse(
                 "is in use by", holders=holders, subject=f"volume {volume.name}", hint=f"stop them first: {reason}"
             )
-        if isinstance(backend.driver, BlockDriver) and volume.id in self.presence.mounted_ids():
+        if isinstance(backend.driver, BlockDriver) and self.presence.is_mounted(volume, backend.driver):
             with frozen(self.presence.path(volume.id), timeout=FREEZE_TIMEOUT):
                 yield
         else:

@@ -48,7 +48,7 @@ class Presence:
         return self._mounted
 
     def scan(self) -> set[VolumeId]:
-        """Read the mount table: the volumes that have something mounted at their path."""
+        """Read the mount table: the volumes that have something mounted at their path, be it theirs or not."""
         found = {VolumeId(entry.target.name) for entry in self.host.mounts() if entry.target.parent == self.mounts_dir}
         self._mounted = found
         return set(found)
@@ -68,11 +68,13 @@ class Presence:
             return Observed.FOREIGN
         return Observed.MOUNTED
 
+    def is_mounted(self, volume: Volume, driver: Driver) -> bool:
+        """Looked at now, and truly this volume."""
+        return self.observe(volume, driver) is Observed.MOUNTED
+
     def establish(self, volume: Volume, driver: Driver) -> Path:
         """The volume's path, with the volume at it. Raises MountFailed, BackendError and what the driver raises."""
         target, handle = self.path(volume.id), handle_of(volume)
-        if volume.id in self._mounted and self.host.is_mountpoint(target):
-            return target
         if self.host.is_mountpoint(target):
             self._adopt(volume, driver)
             return target
@@ -92,7 +94,7 @@ class Presence:
 
     def _adopt(self, volume: Volume, driver: Driver) -> None:
         """Somebody mounted it before us, most likely we before a crash. Never hand out what is not the volume."""
-        if self.observe(volume, driver) is not Observed.MOUNTED:
+        if not self.is_mounted(volume, driver):
             raise MountFailed(
                 f"something else is mounted at {self.path(volume.id)}",
                 subject=f"volume {volume.name}",
@@ -150,7 +152,7 @@ class Presence:
         device = driver.map(handle_of(volume))
         kind = filesystems.get(volume.filesystem)
         kind.check(self.host, device)
-        kind.new_identity(self.host, device)
+        kind.renew(self.host, device)
         path = self.establish(volume, driver)
         kind.grow(self.host, device, path)
 

@@ -121,7 +121,7 @@ class Provision:
         actual = driver.expand(handle_of(volume), size)
         crash.point("expand.stored")
         if isinstance(driver, BlockDriver) and volume.filesystem:
-            used_now = volume.id in self._presence.mounted_ids()
+            used_now = self._presence.is_mounted(volume, driver)
             path = self._presence.establish(volume, driver)
             try:
                 filesystems.get(volume.filesystem).grow(self._presence.host, driver.map(handle_of(volume)), path)

@@ -117,7 +117,7 @@ class Reconciler:
         """One volume. Raises OperationPending while somebody else is at it."""
         with self._locks.hold(volume_id, wait=0.0):
             volume = self._repository.volume(volume_id)
-            if volume is None or volume.state is not VolumeState.READY or self._repository.operation(volume_id):
+            if volume is None or volume.state is not VolumeState.READY:
                 return  # the journal's, not ours
             backend = self._backends.get(volume.backend)
             held = self._repository.bindings(volume_id, node=self._node)

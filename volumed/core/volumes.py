@@ -259,7 +259,7 @@ class Volumes:
     def _remove(self, volume_id: VolumeId, backend: Backend) -> Removal:
         with self._locks.hold(volume_id):
             volume = self._by_id(volume_id)
-            settled = self._journal.settle(volume)
+            settled = self._journal.settle_for_removal(volume)
             if settled is None:
                 return Removal(volume=volume, used=None)
             self._check_removable(settled)

@@ -39,7 +39,7 @@ class Filesystem(ABC):
         """Take all of the device, while mounted. As large already is success."""
 
     @abstractmethod
-    def new_identity(self, host: Host, device: Path) -> None:
+    def renew(self, host: Host, device: Path) -> None:
         """Another UUID, so that a copy can be mounted beside its original. Not mounted, and checked before."""
 
 
@@ -72,12 +72,21 @@ class Ext4(Filesystem):
             )
 
     def grow(self, host: Host, device: Path, mountpoint: Path) -> None:
-        host.run(["resize2fs", device], timeout=MKFS_TIMEOUT)
+        told = host.run(["resize2fs", device], timeout=MKFS_TIMEOUT, check=False)
+        if told.returncode and "Permission denied" in told.stderr:
+            raise HostError(
+                "ext4 grows while it is mounted only with CAP_SYS_RESOURCE, which volumed does not have here",
+                subject=str(mountpoint),
+                hint="run volumed with that capability, as its systemd unit does",
+            )
+        if told.returncode:
+            raise HostError(f"resize2fs failed: {told.stderr.strip()[-500:]}", subject=str(mountpoint))
 
-    def new_identity(self, host: Host, device: Path) -> None:
+    def renew(self, host: Host, device: Path) -> None:
         # tune2fs changes the UUID only of what e2fsck has looked at since it was last mounted.
         host.run(["e2fsck", "-fp", device], timeout=CHECK_TIMEOUT, check=False)
         host.run(["tune2fs", "-U", str(uuid4()), device])
+        host.run(["resize2fs", device], timeout=MKFS_TIMEOUT)  # free to do here, unmounted and checked
 
 
 class Xfs(Filesystem):
@@ -96,7 +105,7 @@ class Xfs(Filesystem):
     def grow(self, host: Host, device: Path, mountpoint: Path) -> None:
         host.run(["xfs_growfs", mountpoint], timeout=MKFS_TIMEOUT)
 
-    def new_identity(self, host: Host, device: Path) -> None:
+    def renew(self, host: Host, device: Path) -> None:
         # xfs_admin wants a clean log, and only a mount can replay it; `nouuid` because the original may be mounted.
         host.replay_log(device, fstype=self.name, options=("nouuid",))
         host.run(["xfs_admin", "-U", "generate", device], timeout=MKFS_TIMEOUT)
@@ -118,7 +127,7 @@ class Btrfs(Filesystem):
     def grow(self, host: Host, device: Path, mountpoint: Path) -> None:
         host.run(["btrfs", "filesystem", "resize", "max", mountpoint], timeout=MKFS_TIMEOUT)
 
-    def new_identity(self, host: Host, device: Path) -> None:
+    def renew(self, host: Host, device: Path) -> None:
         # -u rewrites the id everywhere: two file systems with one metadata id confuse the kernel's list of devices.
         host.run(["btrfstune", "-f", "-u", device], timeout=MKFS_TIMEOUT)
 

@@ -98,8 +98,9 @@ def _mount(source: str, target: Path, *, fstype: str, flags: int, data: str) -> 
         os.fsencode(source), os.fsencode(target), fstype.encode(), ctypes.c_ulong(flags), data.encode() or None
     ):
         number = ctypes.get_errno()
+        with_options = f" with the options {data!r}" if data else ""
         raise MountFailed(
-            f"mounting {source} ({fstype}) failed: {os.strerror(number)}",
+            f"mounting {source} ({fstype}){with_options} failed: {os.strerror(number)}",
             errno=number,
             subject=str(target),
             hint="the kernel's log says more" if number in (errno.EINVAL, errno.EUCLEAN) else "",

@@ -1,0 +1,122 @@
+"""Podman as a client of the same plugin: no daemon, one mount id for everybody, and counting of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conftest import wait_until
+from tests.engines.conftest import plugin_socket
+from tests.harness.podman import Podman, podman_with
+from tests.harness.volumed import Volumed, running_volumed
+
+pytestmark = [pytest.mark.root, pytest.mark.engine]
+
+LOOP = "trap exit TERM; while :; do sleep 0.1; done"
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Podman, Volumed]]:
+    """Each must know of the other: volumed which podman to ask, Podman which socket to call."""
+    socket = plugin_socket("podman")
+    folder = tmp_path_factory.mktemp("volumed")
+    with (
+        podman_with(driver=socket.stem, plugin_socket=socket) as podman,
+        running_volumed(folder, plugin_socket=socket, podman=podman.arguments) as volumed,
+    ):
+        yield podman, volumed
+        podman.remove_containers()
+
+
+@pytest.fixture
+def podman(both: tuple[Podman, Volumed]) -> Podman:
+    return both[0]
+
+
+@pytest.fixture
+def volumed(both: tuple[Podman, Volumed]) -> Iterator[Volumed]:
+    podman, volumed = both
+    yield volumed
+    podman.remove_containers()
+    wait_until(lambda: volumed.bindings() == [])
+    wait_until(lambda: volumed.mounted() == {} and volumed.loops() == [])
+    for volume in podman("volume", "ls", "-q").split():
+        podman("volume", "rm", volume)
+    volumed.assert_nothing_left()
+
+
+def start(podman: Podman, name: str) -> str:
+    return podman("run", "-d", "--net=none", "--name", name, "-v", "data:/data", "busybox", "sh", "-c", LOOP)
+
+
+def create(podman: Podman, volumed: Volumed, *options: str) -> None:
+    words = [word for option in options for word in ("-o", option)]
+    podman("volume", "create", "--driver", volumed.plugin_socket.stem, *words, "data")
+
+
+@pytest.mark.parametrize("options", [(), ("size=64m",)])
+def test_data_outlives_its_container(podman: Podman, volumed: Volumed, options: tuple[str, ...]) -> None:
+    create(podman, volumed, *options)
+    for script, said in (("echo kept > /data/file", ""), ("cat /data/file", "kept")):
+        assert podman("run", "--rm", "--net=none", "-v", "data:/data", "busybox", "sh", "-c", script) == said
+    assert volumed.mounted() == {}
+
+
+def test_who_uses_it(podman: Podman, volumed: Volumed) -> None:
+    """Several containers behind Podman's one mount id are all named."""
+    create(podman, volumed)
+    ids = {start(podman, "one"), start(podman, "two")}
+    wait_until(lambda: sum(len(binding["consumers"]) for binding in volumed.bindings()) == 2)
+    (binding,) = volumed.bindings()
+    assert binding["engine"] == "podman"
+    assert {consumer["id"] for consumer in binding["consumers"]} == ids
+    assert {consumer["name"] for consumer in binding["consumers"]} == {"one", "two"}
+    assert all(consumer["target"] == "/data" and consumer["pid"] for consumer in binding["consumers"])
+    podman("rm", "-f", "--time", "0", "one")
+    wait_until(lambda: [consumer["name"] for consumer in volumed.bindings()[0]["consumers"]] == ["two"])
+    assert len(volumed.mounted()) == 1
+
+
+def test_volumed_killed_and_back(podman: Podman, volumed: Volumed) -> None:
+    create(podman, volumed, "size=64m")
+    start(podman, "one")
+    podman("exec", "one", "sh", "-c", "echo kept > /data/file")
+    volumed.kill()
+    assert podman("exec", "one", "cat", "/data/file") == "kept"
+    volumed.start()
+    assert len(volumed.bindings()) == 1
+    assert podman("exec", "one", "cat", "/data/file") == "kept"
+
+
+def test_a_container_that_crashed(podman: Podman, volumed: Volumed) -> None:
+    """Its process is killed; Podman's clean-up sends the Unmount, or the binding is dropped: either way it ends."""
+    create(podman, volumed)
+    start(podman, "one")
+    podman("kill", "--signal", "KILL", "one")
+    wait_until(lambda: volumed.bindings() == [])
+    wait_until(lambda: volumed.mounted() == {})
+
+
+def test_podmans_view(podman: Podman, volumed: Volumed) -> None:
+    create(podman, volumed, "label.team=web")
+    found = podman.inspect("data")
+    assert found["Driver"] == volumed.plugin_socket.stem
+    assert found["Status"]["labels"] == {"team": "web"}
+
+
+def test_an_error_is_shown(podman: Podman, volumed: Volumed) -> None:
+    said = podman("volume", "create", "--driver", volumed.plugin_socket.stem, "-o", "sise=1g", "wrong", check=False)
+    assert "did you mean 'size'" in said
+
+
+def test_a_mount_that_failed_is_not_held(podman: Podman, volumed: Volumed) -> None:
+    """Podman sends an Unmount after it; that must do no harm."""
+    create(podman, volumed)
+    (volume,) = volumed.api.get("volumes")["volumes"]
+    data = volumed.folder / "volumes" / volume["id"]
+    data.rename(volumed.folder / "aside")
+    said = podman("run", "--rm", "--net=none", "-v", "data:/data", "busybox", "true", check=False)
+    assert "is gone" in said
+    assert volumed.bindings() == []
+    (volumed.folder / "aside").rename(data)

@@ -1,0 +1,232 @@
+"""A volumed of the test's own: real process, real sockets, everything below one folder."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.harness.processes import Process
+from volumed.cli.client import ApiError, Client
+from volumed.host import loop, mounts
+from volumed.host.mounts import parse_mountinfo
+
+BIN = Path(sys.executable).parent
+
+
+class Answer(NamedTuple):
+    status: int
+    body: dict[str, Any]
+
+    @property
+    def error(self) -> str:
+        return str(self.body.get("Err", ""))
+
+
+class Volumed:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        plugin_socket: Path | None = None,
+        docker_socket: Path | None = None,
+        podman: tuple[str, ...] | None = None,
+        backends: str = "",
+        settings: str = "",
+    ) -> None:
+        self.folder = folder
+        self.state = folder / "state"
+        self.plugin_socket = plugin_socket or folder / "docker.sock"
+        self.admin_socket = folder / "admin.sock"
+        self.config = folder / "volumed.toml"
+        self.api = Client(self.admin_socket)
+        self._process: Process | None = None
+        self.config.write_text(
+            f"""\
+state-dir = "{self.state}"
+runtime-dir = "{folder}/run"
+node = "node-1"
+reconcile-interval = "1s"
+consumer-grace = "1s"
+default-backends = ["local", "sized"]
+{settings}
+[docker]
+socket = "{self.plugin_socket}"
+[admin]
+socket = "{self.admin_socket}"
+[log]
+level = "debug"
+[engines.docker]
+enabled = {str(docker_socket is not None).lower()}
+socket = "{docker_socket or "/nonexistent"}"
+[engines.podman]
+enabled = {str(podman is not None).lower()}
+command = "podman"
+arguments = {json.dumps(list(podman or ()))}
+[backends.local]
+driver = "directory"
+path = "{folder}/volumes"
+[backends.sized]
+driver = "image"
+path = "{folder}/images"
+{backends}
+"""
+        )
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self, *, env: Mapping[str, str] | None = None, wait: bool = True) -> None:
+        self._process = Process(
+            [sys.executable, "-m", "volumed.daemon", "--config", self.config], log=self.folder / "volumed.log", env=env
+        )
+        if wait:
+            self.wait_ready()
+
+    def wait_ready(self, timeout: float = 30.0) -> None:
+        assert self._process is not None
+        ends = time.monotonic() + timeout
+        while not _answers(self.plugin_socket):
+            assert self._process.running(), f"volumed ended: {self.log()[-3000:]}"
+            assert time.monotonic() < ends, f"volumed is not ready: {self.log()[-3000:]}"
+            time.sleep(0.005)
+
+    def running(self) -> bool:
+        return self._process is not None and self._process.running()
+
+    def kill(self) -> None:
+        assert self._process is not None
+        self._process.end(signal.SIGKILL)
+
+    def stop(self) -> int:
+        assert self._process is not None
+        return self._process.end(signal.SIGTERM)
+
+    def wait_end(self, timeout: float = 30.0) -> int:
+        assert self._process is not None
+        return self._process.wait(timeout)
+
+    def log(self) -> str:
+        path = self.folder / "volumed.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    # Its sockets
+    def plugin(self, endpoint: str, timeout: float = 60.0, **fields: Any) -> Answer:
+        """A request as dockerd sends it: `plugin("Create", Name="data", Opts={"size": "1g"})`."""
+        connection = UnixConnection(self.plugin_socket, timeout=timeout)
+        with contextlib.closing(connection):
+            connection.request("POST", f"/VolumeDriver.{endpoint}", body=json.dumps(fields))
+            answer = connection.getresponse()
+            return Answer(answer.status, json.loads(answer.read()))
+
+    def ctl(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        told = subprocess.run(
+            [sys.executable, "-m", "volumed.cli.main", "--socket", str(self.admin_socket), *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "COLUMNS": "200"},
+        )
+        if check:
+            assert told.returncode == 0, f"volumectl {words}: {told.stdout}{told.stderr}"
+        return told
+
+    def bindings(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.api.get("bindings")
+        return found
+
+    def events(self) -> list[dict[str, Any]]:
+        return list(self.api.lines("events"))
+
+    def wait_for_event(self, kind: str, timeout: float = 20.0) -> dict[str, Any]:
+        ends = time.monotonic() + timeout
+        while time.monotonic() < ends:
+            for event in self.events():
+                if event["kind"] == kind:
+                    return event
+            time.sleep(0.05)
+        raise AssertionError(f"no {kind} came: {self.events()}")
+
+    # What is on the machine because of it
+    def mounted(self) -> dict[str, str]:
+        """Volume id -> what is mounted at its path on the host."""
+        text = Path("/proc/self/mountinfo").read_text()
+        return {
+            entry.target.name: entry.source
+            for entry in parse_mountinfo(text)
+            if entry.target.parent == self.state / "mounts"
+        }
+
+    def loops(self) -> list[Path]:
+        return [found.backing_file for found in loop.attached() if found.backing_file.is_relative_to(self.folder)]
+
+    def stored(self) -> list[str]:
+        """Names of everything on the backends' storage."""
+        folders = [self.folder / "volumes", self.folder / "images"]
+        return sorted(path.name for folder in folders if folder.exists() for path in folder.iterdir())
+
+    def assert_nothing_left(self) -> None:
+        assert self.mounted() == {}
+        assert self.loops() == []
+        assert self.stored() == []
+        assert list((self.state / "mounts").iterdir()) == []
+        assert self.api.get("volumes")["volumes"] == []
+        assert self.bindings() == []
+        assert self.api.get("doctor") == []
+
+    def clean_up(self) -> None:
+        if self.running():
+            self.kill()
+        self.plugin_socket.unlink(missing_ok=True)
+        for path in sorted((self.state / "mounts").glob("*")):
+            mounts.unmount(path)
+        for found in list(loop.attached()):
+            if found.backing_file.is_relative_to(self.folder):
+                loop.detach(found.device)
+
+
+@contextlib.contextmanager
+def running_volumed(folder: Path, **options: Any) -> Iterator[Volumed]:
+    """Started; killed and its mounts taken away at the end, whatever happened."""
+    folder.mkdir(parents=True, exist_ok=True)
+    volumed = Volumed(folder, **options)
+    try:
+        volumed.start()
+        yield volumed
+    finally:
+        volumed.clean_up()
+
+
+class UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path, *, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(os.fspath(self._path))
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(os.fspath(path))
+        except OSError:
+            return False
+        return True
+
+
+__all__ = ["Answer", "ApiError", "UnixConnection", "Volumed", "running_volumed"]
