@@ -52,8 +52,8 @@ def make_filesystem(tmp_path: Path) -> Iterator[MakeFilesystem]:
         image, target = tmp_path / f"{kind}-{len(made)}.img", tmp_path / f"{kind}-{len(made)}"
         with image.open("wb") as file:
             file.truncate(size)
-        sh(f"mkfs.{kind}", "-q", *(() if kind != "ext4" else ("-F",)), image)
         device = loop.attach(image, direct_io=False, readonly=False)
+        sh(f"mkfs.{kind}", "-q", device)
         target.mkdir()
         mounts.mount(device, target, fstype=kind, options=options, readonly=False)
         made.append(target)

@@ -107,6 +107,17 @@ def test_io_bypasses_the_hosts_cache(tmp_path: Path) -> None:
     driver.unmap(handle)
 
 
+def test_the_logical_block_never_changes(make_filesystem: MakeFilesystem) -> None:
+    """Left to the kernel it grows from 512 to 4096 when the file is first shared, and its XFS can no more be mounted."""
+    driver = make(make_filesystem("xfs"))
+    handle = driver.create(spec(16 * MIB)).handle
+    for _ in range(2):
+        device = driver.map(handle)
+        assert Path("/sys/block", device.name, "queue/logical_block_size").read_text().strip() == "4096"
+        driver.unmap(handle)
+        driver.snapshot(handle, new_snapshot_id())
+
+
 def test_another_file_of_the_same_name_is_another_device(tmp_path: Path) -> None:
     """The device is found by the file's inode: a file put in the place of the volume's does not get its device."""
     driver = make(tmp_path)

@@ -454,7 +454,7 @@ class DriverConformance:
     def _read(self, driver: Driver, handle: Handle) -> bytes:
         with self._mounted(driver, handle) as tree:
             if isinstance(driver, BlockDriver):
-                return tree.open("rb", buffering=0).read(512).rstrip(b"\0")
+                return tree.open("rb", buffering=0).read(4096).rstrip(b"\0")
             file = tree / "file"
             return file.read_bytes() if file.exists() else b""
 
@@ -514,6 +514,6 @@ def _device_size(device: Path) -> int:
 
 def _write_device(device: Path, data: bytes) -> None:
     with device.open("r+b", buffering=0) as opened:
-        opened.write(data.ljust(512, b"\0"))
+        opened.write(data.ljust(4096, b"\0"))
         os.fsync(opened)
         fcntl.ioctl(opened, BLKFLSBUF)
