@@ -68,7 +68,7 @@ class LvmDriver(BlockDriver, SupportsExpand, SupportsSnapshots, SupportsClone, S
 
     def probe(self) -> Probe:
         try:
-            pool = self._report(f"{self._vg}/{self._pool}").get(self._pool)
+            pool = self._look(self._pool)
         except CommandFailed as error:
             raise BackendUnavailable(error.stderr.strip() or error.text, subject=f"backend {self.backend}") from None
         if pool is None:

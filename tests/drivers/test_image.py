@@ -108,7 +108,7 @@ def test_io_bypasses_the_hosts_cache(tmp_path: Path) -> None:
 
 
 def test_the_logical_block_never_changes(make_filesystem: MakeFilesystem) -> None:
-    """Left to the kernel it grows from 512 to 4096 when the file is first shared, and its XFS can no more be mounted."""
+    """Left to the kernel it grows from 512 to 4096 when the file is first shared, and no XFS on it can be mounted."""
     driver = make(make_filesystem("xfs"))
     handle = driver.create(spec(16 * MIB)).handle
     for _ in range(2):

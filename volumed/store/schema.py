@@ -31,10 +31,6 @@ def connect(path: Path, *, readonly: bool = False) -> apsw.Connection:
     connection = apsw.Connection(os.fspath(path), flags=flags)
     connection.set_busy_timeout(10_000)
     connection.pragma("cache_size", -CACHE_KIB)
-    if not readonly:
-        connection.pragma("journal_mode", "wal")
-        connection.pragma("synchronous", "full")
-        connection.pragma("wal_autocheckpoint", 1000)
     return connection
 
 
@@ -48,11 +44,27 @@ def open_ledger(path: Path) -> apsw.Connection:
     try:
         connection = connect(path)
         if not fresh:
+            _prove_ours(connection, path)  # before the first byte of it is changed
             _prove_sound(connection, path)
-        _migrate(connection, path, fresh=fresh)
+        connection.pragma("journal_mode", "wal")
+        connection.pragma("synchronous", "full")
+        connection.pragma("wal_autocheckpoint", 1000)
+        _migrate(connection, path)
     except (apsw.NotADBError, apsw.CorruptError) as error:
         raise _unreadable(path, str(error)) from None
     return connection
+
+
+def _prove_ours(connection: apsw.Connection, path: Path) -> None:
+    version = connection.pragma("user_version")
+    if version > VERSION:
+        raise IntegrityError(
+            f"the ledger has version {version}, and this volumed knows only {VERSION}",
+            subject=str(path),
+            hint=f"install the newer volumed again, or put back {path.name}.backup-{VERSION} of before the upgrade",
+        )
+    if version == 0 and connection.execute("SELECT count(*) FROM sqlite_schema").get:
+        raise _unreadable(path, "it is a database of something else")
 
 
 def _prove_sound(connection: apsw.Connection, path: Path) -> None:
@@ -70,16 +82,8 @@ def _prove_sound(connection: apsw.Connection, path: Path) -> None:
         connection.execute("SELECT min(key), max(key), count(*) FROM entries").fetchall()
 
 
-def _migrate(connection: apsw.Connection, path: Path, *, fresh: bool) -> None:
+def _migrate(connection: apsw.Connection, path: Path) -> None:
     version = connection.pragma("user_version")
-    if version > VERSION:
-        raise IntegrityError(
-            f"the ledger has version {version}, and this volumed knows only {VERSION}",
-            subject=str(path),
-            hint=f"install the newer volumed again, or put back {path.name}.backup-{VERSION} of before the upgrade",
-        )
-    if version == 0 and not fresh and connection.execute("SELECT count(*) FROM sqlite_schema").get:
-        raise _unreadable(path, "it is a database of something else")
     if 0 < version < VERSION:
         _backup(connection, path.with_name(f"{path.name}.backup-{version}"))
     for step in range(version + 1, VERSION + 1):
