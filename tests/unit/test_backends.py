@@ -49,7 +49,7 @@ class QuietDriver(FilesystemDriver):
 
 def make_backend(name: str = "quiet", *, workers: int = 2, disabled: Iterable[str] = ()) -> Backend:
     driver: Driver = QuietDriver(name, NoOptions(), host=None)  # type: ignore[arg-type]
-    return Backend(name, "quiet", driver, workers=workers, disabled=disabled)
+    return Backend(name, "quiet", driver, workers=workers, disabled=disabled, waiting=workers)
 
 
 def test_a_result_and_an_error_come_back() -> None:

@@ -266,6 +266,7 @@ class Machine:
             cp volumed.sysusers /usr/lib/sysusers.d/volumed.conf; cp volumed.tmpfiles /usr/lib/tmpfiles.d/volumed.conf
             mkdir -p /etc/volumed; cp volumed.toml /etc/volumed/volumed.toml
             systemd-sysusers volumed.conf; systemd-tmpfiles --create volumed.conf; systemctl daemon-reload
+            sync
             """
         )
         self.put("/root/plugin.py", (ROOT / "tests/vm/guest/plugin.py").read_bytes())

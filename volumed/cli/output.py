@@ -8,13 +8,14 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from volumed.units import format_size
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 QUIET_SECONDS = 1.0
 
@@ -59,13 +60,7 @@ class Output:
         if not sys.stderr.isatty():
             yield
             return
-        progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
+        progress = _progress("{task.description}", elapsed=True)
         progress.add_task(clean(text), total=None)
         with _shown_late(progress):
             yield
@@ -75,18 +70,19 @@ class Output:
         if not sys.stderr.isatty():
             yield from items
             return
-        progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            console=Console(stderr=True),
-            transient=True,
-        )
+        progress = _progress("{task.description} {task.completed}/{task.total}", elapsed=False)
         task = progress.add_task(text, total=len(items))
         with _shown_late(progress):
             for item in items:
                 yield item
                 progress.advance(task)
+
+
+def _progress(text: str, *, elapsed: bool) -> Progress:
+    from rich import console, progress  # noqa: PLC0415 (a tenth of a second, for a terminal alone)
+
+    columns = [progress.TextColumn(text), progress.BarColumn(), *([progress.TimeElapsedColumn()] if elapsed else [])]
+    return progress.Progress(*columns, console=console.Console(stderr=True), transient=True)
 
 
 @contextlib.contextmanager

@@ -40,6 +40,10 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+# How many callers may wait for a worker: more than the containers that a machine starts at once.
+WAITING = 256
+
+
 @dataclass(frozen=True)
 class Health:
     ok: bool
@@ -57,7 +61,16 @@ class _Ticket:
 
 
 class Backend:
-    def __init__(self, name: str, driver_name: str, driver: Driver, *, workers: int, disabled: Iterable[str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        driver_name: str,
+        driver: Driver,
+        *,
+        workers: int,
+        disabled: Iterable[str],
+        waiting: int = WAITING,
+    ) -> None:
         self.name = name
         self.driver_name = driver_name
         self.driver = driver
@@ -66,8 +79,9 @@ class Backend:
         self.lacking: dict[Capability, str] = {}
         self.facts: dict[str, str] = {}
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix=f"backend-{name}")
-        # As many again may queue; more than that and the backend is not keeping up, or hangs.
-        self._room = threading.BoundedSemaphore(workers * 2)
+        # Bursts wait their turn; with more than this waiting the backend is not keeping up, or hangs.
+        self.room = workers + waiting
+        self._room = threading.BoundedSemaphore(self.room)
 
     @property
     def capabilities(self) -> frozenset[Capability]:
@@ -175,6 +189,11 @@ class Backends:
             return self._backends[name]
         except KeyError:
             raise InvalidRequest(f"there is no backend {name!r}", hint=nearest(name, self._backends)) from None
+
+    @property
+    def room(self) -> int:
+        """How many callers all of them let in: a front end with more threads always has one left to answer with."""
+        return sum(backend.room for backend in self._backends.values())
 
     def close(self) -> None:
         for backend in self._backends.values():

@@ -58,8 +58,8 @@ class Requests:
         if scope["type"] != "http":
             return
         if not self._sized:
-            # Room for every backend's callers: one that hangs fills its own share (core.backends), never all.
-            anyio.to_thread.current_default_thread_limiter().total_tokens = 32 * (len(self._core.backends.all()) + 2)
+            # One backend that hangs fills its own share, never all; threads are made as they are needed.
+            anyio.to_thread.current_default_thread_limiter().total_tokens = self._core.backends.room + 32
             self._sized = True
         begun = time.perf_counter()
         status = 500

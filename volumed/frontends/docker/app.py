@@ -52,9 +52,8 @@ Answer = dict[str, Any]
 class DockerApp:
     def __init__(self, core: Core) -> None:
         self._core = core
-        # Room for every backend's callers: one that hangs fills its own share (core.backends), never all.
-        threads = 32 * (len(core.backends.all()) + 1)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="docker")
+        # One backend that hangs fills its own share, never all; threads are made as they are needed.
+        self._pool = ThreadPoolExecutor(core.backends.room + 32, thread_name_prefix="docker")
         self._endpoints: dict[str, tuple[Callable[[Request], Answer], float]] = {
             "/Plugin.Activate": (lambda _: {"Implements": ["VolumeDriver"]}, SHORT_TIMEOUT),
             "/VolumeDriver.Capabilities": (lambda _: {"Capabilities": {"Scope": "local"}}, SHORT_TIMEOUT),
