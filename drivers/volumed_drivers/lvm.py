@@ -6,6 +6,7 @@ group is ever touched. Thin snapshots know no parent: each can be removed withou
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -85,8 +86,9 @@ class LvmDriver(BlockDriver, SupportsExpand, SupportsSnapshots, SupportsClone, S
     # Volumes
     def create(self, spec: VolumeSpec) -> CreatedVolume:
         size = self._checked(spec)
-        if self._look(spec.id) is None:
-            self._check_room()
+        there = self._report(self._vg)
+        if spec.id not in there:
+            self._check_room(there[self._pool])
             self._lvm(
                 *("lvcreate", "--yes", "--thin", "--setactivationskip", "n", "--wipesignatures", "n"),
                 *("--virtualsize", f"{size}b", "--name", spec.id, "--addtag", TAG, f"{self._vg}/{self._pool}"),
@@ -104,24 +106,23 @@ class LvmDriver(BlockDriver, SupportsExpand, SupportsSnapshots, SupportsClone, S
             )
         return spec.size
 
-    def _check_room(self) -> None:
-        used = self._report(f"{self._vg}/{self._pool}")[self._pool].data_percent
-        if used >= self._full_at:
+    def _check_room(self, pool: _Volume) -> None:
+        if pool.data_percent >= self._full_at:
             raise CapacityExhausted(
-                f"the thin pool {self._vg}/{self._pool} is full to {used:.1f} %",
+                f"the thin pool {self._vg}/{self._pool} is full to {pool.data_percent:.1f} %",
                 subject=f"backend {self.backend}",
                 hint=f"extend it: lvextend -L +SIZE {self._vg}/{self._pool}",
             )
 
     def delete(self, handle: Handle) -> None:
+        there = self._report(self._vg)
         for name in (handle, f"{handle}_new", f"{handle}_old"):
-            self._remove(name)
+            if name in there:
+                self._remove(name)
 
     def _remove(self, name: str) -> None:
-        if self._look(name) is None:
-            return
-        self._deactivate(name)
-        self._lvm("lvremove", "--yes", f"{self._vg}/{name}")
+        with contextlib.suppress(NotFound):
+            self._lvm_on(name, "lvremove", "--yes")
 
     def inspect(self, handle: Handle) -> Facts:
         found = self._there(handle)
@@ -134,24 +135,16 @@ class LvmDriver(BlockDriver, SupportsExpand, SupportsSnapshots, SupportsClone, S
 
     # Devices
     def map(self, handle: Handle) -> Path:
-        self._there(handle)
-        self._lvm("lvchange", "--activate", "y", "--ignoreactivationskip", f"{self._vg}/{handle}")
+        self._lvm_on(handle, "lvchange", "--activate", "y", "--ignoreactivationskip")
         self.host.run(["udevadm", "settle"], timeout=30.0, check=False)
         return self._device(handle)
 
     def unmap(self, handle: Handle) -> None:
-        if self._look(handle) is not None:
+        with contextlib.suppress(NotFound):
             self._deactivate(handle)
 
     def _deactivate(self, name: str) -> None:
-        try:
-            self._lvm("lvchange", "--activate", "n", f"{self._vg}/{name}")
-        except CommandFailed as error:
-            if "in use" in error.stderr or "open" in error.stderr:
-                raise InUse(
-                    "is held by", holders=["a mount or a process that has it open"], subject=f"{self._vg}/{name}"
-                ) from None
-            raise
+        self._lvm_on(name, "lvchange", "--activate", "n")
 
     def mapped(self, handle: Handle) -> Path | None:
         found = self._look(handle)
@@ -178,10 +171,12 @@ class LvmDriver(BlockDriver, SupportsExpand, SupportsSnapshots, SupportsClone, S
         return Handle(snapshot_id)
 
     def _copy(self, source: str, target: str) -> None:
-        if self._look(target) is not None:
+        there = self._report(self._vg)
+        if target in there:
             return
-        self._there(Handle(source))
-        self._check_room()
+        if source not in there:
+            raise self._gone(source)
+        self._check_room(there[self._pool])
         self._lvm(
             *("lvcreate", "--yes", "--snapshot", "--setactivationskip", "n", "--name", target),
             *("--addtag", TAG, f"{self._vg}/{source}"),
@@ -200,10 +195,12 @@ class LvmDriver(BlockDriver, SupportsExpand, SupportsSnapshots, SupportsClone, S
     def restore(self, handle: Handle, snapshot: Handle) -> None:
         """The new state is made beside the old one, takes its name, and only then the old one goes."""
         new, old = f"{handle}_new", f"{handle}_old"
-        if self._look(handle) is not None:
-            size = self._there(handle).size
-            self._remove(old)
-            self._remove(new)
+        there = self._report(self._vg)
+        if handle in there:
+            size = there[handle].size
+            for left in (old, new):
+                if left in there:
+                    self._remove(left)
             self._copy(snapshot, new)
             if self._there(Handle(new)).size < size:
                 self._lvm("lvextend", "--size", f"{size}b", f"{self._vg}/{new}")
@@ -211,7 +208,7 @@ class LvmDriver(BlockDriver, SupportsExpand, SupportsSnapshots, SupportsClone, S
             self._deactivate(handle)
             self._lvm("lvrename", self._vg, handle, old)
             crash.point("lvm.restore.old")
-        if self._look(new) is not None:
+        if handle in there or new in there:
             self._lvm("lvrename", self._vg, new, handle)
         crash.point("lvm.restore.renamed")
         self._remove(old)
@@ -238,8 +235,11 @@ class LvmDriver(BlockDriver, SupportsExpand, SupportsSnapshots, SupportsClone, S
     def _there(self, handle: Handle) -> _Volume:
         found = self._look(handle)
         if found is None:
-            raise NotFound(f"{self._vg}/{handle} is gone", subject=f"backend {self.backend}")
+            raise self._gone(handle)
         return found
+
+    def _gone(self, name: str) -> NotFound:
+        return NotFound(f"{self._vg}/{name} is gone", subject=f"backend {self.backend}")
 
     def _look(self, name: str) -> _Volume | None:
         return self._report("--select", f"lv_name={name}", self._vg).get(name)
@@ -258,6 +258,19 @@ class LvmDriver(BlockDriver, SupportsExpand, SupportsSnapshots, SupportsClone, S
             for row in rows
             if row["vg_name"] == self._vg
         }
+
+    def _lvm_on(self, name: str, *words: str) -> None:
+        """A command on one logical volume. Raises NotFound, InUse."""
+        try:
+            self._lvm(*words, f"{self._vg}/{name}")
+        except CommandFailed as error:
+            if "Failed to find logical volume" in error.stderr:
+                raise self._gone(name) from None
+            if "in use" in error.stderr or "open" in error.stderr:
+                raise InUse(
+                    "is held by", holders=["a mount or a process that has it open"], subject=f"{self._vg}/{name}"
+                ) from None
+            raise
 
     def _lvm(self, *words: str) -> str:
         return self.host.run(list(words), timeout=120.0).stdout

@@ -126,8 +126,11 @@ def test_a_restart_keeps_the_mount_and_one_binding(docker: Docker, plugin: str, 
         assert [binding["count"] for binding in volumed.bindings()] == [1]
 
 
-def test_two_containers_share_and_the_last_one_unmounts(docker: Docker, plugin: str, volumed: Volumed) -> None:
-    create(docker, plugin, "data", "size=64m")
+@pytest.mark.parametrize("options", [(), ("size=64m",), ("size=300m", "fs=xfs"), ("size=128m", "fs=btrfs")])
+def test_two_containers_share_and_the_last_one_unmounts(
+    docker: Docker, plugin: str, volumed: Volumed, options: tuple[str, ...]
+) -> None:
+    create(docker, plugin, "data", *options)
     start(docker, "one", "data")
     start(docker, "two", "data")
     assert len(volumed.bindings()) == 2

@@ -47,7 +47,7 @@ def test_power_cut(guest: Machine) -> None:
     guest.put("/root/work.py", WORK.encode())
     worker = threading.Thread(target=_work, args=(guest,))
     worker.start()
-    guest.sh("while [ $(grep -c kept /root/journal 2>/dev/null || echo 0) -lt 12 ]; do sleep 0.1; done", timeout=300)
+    guest.sh("until [ -s /root/journal ] && [ $(grep -c kept /root/journal) -ge 12 ]; do sleep 0.1; done", timeout=300)
     guest.cut_power()
     worker.join()
     guest.boot()

@@ -70,7 +70,7 @@ def test_mounts_outlive_restart_kill_and_a_daemon_that_hangs(installed: Machine)
             )
     assert installed.plugin("Unmount", Name="data", ID="container-1")["Err"] == ""
     assert installed.plugin("Remove", Name="data")["Err"] == ""
-    assert installed.sh("losetup -n; ls /var/lib/volumed/mounts /var/lib/volumed/images").split() == [
+    assert installed.sh("losetup -a; ls /var/lib/volumed/mounts /var/lib/volumed/images").split() == [
         "/var/lib/volumed/images:",
         "/var/lib/volumed/mounts:",
     ]

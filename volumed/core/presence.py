@@ -64,9 +64,22 @@ class Presence:
         device = driver.mapped(handle)
         if not self.host.is_mountpoint(target):
             return Observed.ABSENT if device is None else Observed.MAPPED
-        if device is None or target.stat().st_dev != device.stat().st_rdev:
+        if device is None or not self._lies_on(target, device):
             return Observed.FOREIGN
         return Observed.MOUNTED
+
+    def _lies_on(self, target: Path, device: Path) -> bool:
+        """By the mount table: stat(2) of a btrfs tells a number of its own and not its device's."""
+        number = device.stat().st_rdev
+        entry = next((entry for entry in reversed(self.host.mounts()) if entry.target == target), None)
+        if entry is None:
+            return False
+        if entry.device == f"{os.major(number)}:{os.minor(number)}":
+            return True
+        try:
+            return Path(entry.source).stat().st_rdev == number
+        except OSError:
+            return False
 
     def is_mounted(self, volume: Volume, driver: Driver) -> bool:
         """Looked at now, and truly this volume."""

@@ -26,6 +26,8 @@ def group() -> Iterator[str]:
     Path("/etc/lvm/lvmlocal.conf").write_text("backup { backup=0 archive=0 }\nactivation { monitoring=0 }\n")
     sh("vgcreate", "-q", "vg0", DISK)
     sh("lvcreate", "-q", "--type", "thin-pool", "-L", "512m", "-n", "pool", "vg0")
+    # With one volume active the pool stays, and is not checked anew by each that comes and goes.
+    sh("lvcreate", "-q", "-y", "-V", "4m", "--thinpool", "vg0/pool", "-n", "keeper")
     yield "vg0"
     sh("vgremove", "-ff", "-y", "-q", "vg0")
 
