@@ -41,8 +41,9 @@ class Volumed:
         docker_socket: Path | None = None,
         podman: tuple[str, ...] | None = None,
         backends: str = "",
-        settings: str = "",
+        quiet: bool = False,
     ) -> None:
+        """`quiet`: as installed, not hurried and without its debug log: for figures."""
         self.folder = folder
         self.state = folder / "state"
         self.plugin_socket = plugin_socket or folder / "docker.sock"
@@ -55,16 +56,15 @@ class Volumed:
 state-dir = "{self.state}"
 runtime-dir = "{folder}/run"
 node = "node-1"
-reconcile-interval = "1s"
-consumer-grace = "1s"
+reconcile-interval = "{30 if quiet else 1}s"
+consumer-grace = "{30 if quiet else 1}s"
 default-backends = ["local", "sized"]
-{settings}
 [docker]
 socket = "{self.plugin_socket}"
 [admin]
 socket = "{self.admin_socket}"
 [log]
-level = "debug"
+level = "{"info" if quiet else "debug"}"
 [engines.docker]
 enabled = {str(docker_socket is not None).lower()}
 socket = "{docker_socket or "/nonexistent"}"
