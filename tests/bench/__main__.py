@@ -42,9 +42,11 @@ class Plugin:
 
 @contextlib.contextmanager
 def fresh(**options: object) -> Iterator[Volumed]:
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        with running_volumed(Path(folder), quiet=True, **options) as volumed:
-            yield volumed
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-") as folder,
+        running_volumed(Path(folder), quiet=True, **options) as volumed,
+    ):
+        yield volumed
 
 
 def mounting() -> None:
