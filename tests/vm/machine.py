@@ -266,10 +266,10 @@ class Machine:
             cp volumed.sysusers /usr/lib/sysusers.d/volumed.conf; cp volumed.tmpfiles /usr/lib/tmpfiles.d/volumed.conf
             mkdir -p /etc/volumed; cp volumed.toml /etc/volumed/volumed.toml
             systemd-sysusers volumed.conf; systemd-tmpfiles --create volumed.conf; systemctl daemon-reload
-            sync
             """
         )
         self.put("/root/plugin.py", (ROOT / "tests/vm/guest/plugin.py").read_bytes())
+        self.sh("sync")  # for a test that cuts the power
 
     def plugin(self, endpoint: str, **fields: Any) -> dict[str, Any]:
         """A request as dockerd sends it."""
