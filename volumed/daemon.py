@@ -23,7 +23,7 @@ from volumed.core.consumers.podman import PodmanSource
 from volumed.core.consumers.source import ConsumerSource
 from volumed.core.core import Core, ledger_path
 from volumed.core.drivers import DriverRegistry
-from volumed.errors import ConfigError, VolumedError
+from volumed.errors import ConfigError, DriverLoadError, IntegrityError, VolumedError
 from volumed.frontends.activation import inherited_sockets
 from volumed.frontends.admin.lazy import LazyApp
 from volumed.frontends.docker.app import DockerApp
@@ -34,7 +34,7 @@ from volumed.store.sqlite import SqliteStore
 _log = logging.getLogger(__name__)
 
 DEFAULT_CONFIG = Path("/etc/volumed/volumed.toml")
-EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h: a restart will not help
+EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h: only a person can help, a restart cannot
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = _settings(arguments)
         logs.configure(level=settings.log.level, format=settings.log.format)
         return _run(settings, arguments)
-    except ConfigError as error:
+    except (ConfigError, IntegrityError, DriverLoadError) as error:
         print(f"volumed: {error}", file=sys.stderr)
         return EXIT_CONFIG
     except VolumedError as error:

@@ -67,7 +67,7 @@ class Soak:
     def create(self) -> None:
         name = self.name("v")
         options = self.rng.choice(
-            ["", "size=16m fs=ext4", "size=110m fs=btrfs", "backend=tree size=32m", "backend=shared size=300m fs=xfs"]
+            ["", "size=16m fs=ext4", "size=256m fs=btrfs", "backend=tree size=32m", "backend=shared size=300m fs=xfs"]
         )
         words = [word for option in options.split() for word in ("-o", option)]
         self.docker("volume", "create", "-d", self.volumed.plugin_socket.stem, *words, name)

@@ -42,7 +42,7 @@ def start(docker: Docker, name: str, volume: str, *options: str) -> str:
     )
 
 
-@pytest.mark.parametrize("options", [(), ("size=64m",), ("size=300m", "fs=xfs"), ("size=128m", "fs=btrfs")])
+@pytest.mark.parametrize("options", [(), ("size=64m",), ("size=300m", "fs=xfs"), ("size=256m", "fs=btrfs")])
 def test_data_outlives_its_container(docker: Docker, plugin: str, options: tuple[str, ...]) -> None:
     create(docker, plugin, "data", *options)
     run(docker, "data", "echo kept > /data/file")
@@ -126,7 +126,7 @@ def test_a_restart_keeps_the_mount_and_one_binding(docker: Docker, plugin: str, 
         assert [binding["count"] for binding in volumed.bindings()] == [1]
 
 
-@pytest.mark.parametrize("options", [(), ("size=64m",), ("size=300m", "fs=xfs"), ("size=128m", "fs=btrfs")])
+@pytest.mark.parametrize("options", [(), ("size=64m",), ("size=300m", "fs=xfs"), ("size=256m", "fs=btrfs")])
 def test_two_containers_share_and_the_last_one_unmounts(
     docker: Docker, plugin: str, volumed: Volumed, options: tuple[str, ...]
 ) -> None:
@@ -210,7 +210,7 @@ def test_clone_and_snapshot(docker: Docker, plugin: str, volumed: Volumed) -> No
 
 
 def test_growing_under_a_running_container(docker: Docker, plugin: str, volumed: Volumed) -> None:
-    kinds = {"xfs": "300m", "btrfs": "128m"} | ({"ext4": "64m"} if may_grow_ext4() else {})
+    kinds = {"xfs": "300m", "btrfs": "256m"} | ({"ext4": "64m"} if may_grow_ext4() else {})
     for kind, size in kinds.items():
         create(docker, plugin, kind, f"size={size}", f"fs={kind}")
         start(docker, f"c-{kind}", kind)

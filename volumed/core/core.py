@@ -36,6 +36,8 @@ _log = logging.getLogger(__name__)
 # Our own mounts change the mount table too: looked at together, not one by one.
 SETTLE_TIME = 2.0
 SWEEP_INTERVAL = 3600.0
+# How long the start, or a round of the timer, waits for a backend; what it began goes on.
+PATIENCE = 10.0
 
 
 class Core:
@@ -138,7 +140,7 @@ class Core:
         is bound is mounted again. A backend that hangs is left behind after a few seconds."""
         self._each_backend(lambda backend: backend.probe(), patience=5.0)
         self.journal.recover()
-        with context.request(timeout=30.0):
+        with context.request(timeout=PATIENCE):
             self.reconciler.run()
 
     def start(self) -> None:
@@ -189,18 +191,18 @@ class Core:
             changed = self._host.wait_for_mount_change(self.settings.reconcile_interval)
             if self._stop.wait(SETTLE_TIME if changed else 0):
                 return
-            with context.request():
+            with context.request(timeout=PATIENCE):
                 self._guarded("reconciling", partial(self.reconciler.run, thorough=not changed))
-                if not changed:
-                    self._guarded("recovery", self.journal.recover)
-                    self._guarded("usage", self.usage.refresh_mounted)
-                    self._each_backend(lambda backend: backend.probe(), patience=10.0)
+            if not changed:
+                self._guarded("recovery", self.journal.recover)
+                self._guarded("usage", self.usage.refresh_mounted)
+                self._each_backend(lambda backend: backend.probe(), patience=PATIENCE)
 
     def _follow(self, source: ConsumerSource) -> None:
         """Compare bindings with the engine's containers on each of its events, and on the timer."""
         wake = self._wake[source.engine]
         while not self._stop.is_set():
-            with context.request():
+            with context.request(timeout=PATIENCE):
                 self._guarded(f"bindings of {source.engine}", lambda: self.bindings.reconcile(source))
             wake.wait(min(self.settings.reconcile_interval, max(self.settings.consumer_grace, 1.0)))
             if self._stop.wait(0.2):  # events come in bursts: one look for all of them

@@ -123,6 +123,10 @@ class Doctor:
         present = self._presence.scan() | self._reconciler.mapped()
         for volume_id in sorted(bound | present):
             volume = self._repository.volume(volume_id)
+            if volume is None and volume_id not in self._presence.mounted_ids():
+                yield _only_report(
+                    "orphan-device", f"device of {volume_id}", "is on this node for no volume of the ledger", "free it"
+                )
             if volume is None or volume.handle is None or volume.state is not VolumeState.READY:
                 continue
             driver = self._backends.get(volume.backend).driver

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
+import threading
 from collections.abc import Set
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class Presence:
         self.host = host
         self.mounts_dir = mounts_dir
         self._mounted: set[VolumeId] = set()  # a memory of the mount table, renewed by every `scan`
+        self._remembering = threading.Lock()  # a scan must not forget what was mounted while it read
 
     def path(self, volume_id: VolumeId) -> Path:
         return self.mounts_dir / volume_id
@@ -49,9 +51,18 @@ class Presence:
 
     def scan(self) -> set[VolumeId]:
         """Read the mount table: the volumes that have something mounted at their path, be it theirs or not."""
-        found = {VolumeId(entry.target.name) for entry in self.host.mounts() if entry.target.parent == self.mounts_dir}
-        self._mounted = found
+        with self._remembering:
+            entries = self.host.mounts()
+            found = {VolumeId(entry.target.name) for entry in entries if entry.target.parent == self.mounts_dir}
+            self._mounted = found
         return set(found)
+
+    def _remember(self, volume_id: VolumeId, *, mounted: bool) -> None:
+        with self._remembering:
+            if mounted:
+                self._mounted.add(volume_id)
+            else:
+                self._mounted.discard(volume_id)
 
     def observe(self, volume: Volume, driver: Driver) -> Observed:
         handle, target = handle_of(volume), self.path(volume.id)
@@ -101,7 +112,7 @@ class Presence:
             with contextlib.suppress(OSError):
                 target.rmdir()
             raise
-        self._mounted.add(volume.id)
+        self._remember(volume.id, mounted=True)
         crash.point("mount.mounted")
         return target
 
@@ -113,7 +124,7 @@ class Presence:
                 subject=f"volume {volume.name}",
                 hint="run `volumectl doctor`",
             )
-        self._mounted.add(volume.id)
+        self._remember(volume.id, mounted=True)
 
     def _mount_device(self, volume: Volume, driver: BlockDriver, handle: Handle, target: Path) -> None:
         if volume.mode is VolumeMode.BLOCK or volume.filesystem is None:
@@ -143,7 +154,7 @@ class Presence:
             driver.unmount(volume.handle, target)
         else:
             self.host.unmount(target)
-        self._mounted.discard(volume.id)
+        self._remember(volume.id, mounted=False)
         crash.point("unmount.unmounted")
         if isinstance(driver, BlockDriver):
             driver.unmap(volume.handle)

@@ -6,8 +6,10 @@ ledger and the machine agree. The table is complete by test.
 
 from __future__ import annotations
 
+import contextvars
 import enum
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -84,11 +86,15 @@ class Reconciler:
             volume = self._repository.volume(volume_id)
             if volume is not None and volume.handle is not None:
                 by_backend.setdefault(volume.backend, []).append(volume)
-        for name, volumes in by_backend.items():
-            try:
-                self._backends.get(name).call(partial(self._converge_all, volumes))
-            except VolumedError as error:
-                _log.warning("backend %s: reconciling goes on later: %s", name, error, extra={"backend": name})
+        # Side by side: one that hangs must not use up the others' time.
+        threads = [
+            threading.Thread(target=contextvars.copy_context().run, args=(self._converge_backend, name, volumes))
+            for name, volumes in by_backend.items()
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
 
     def mapped(self) -> set[VolumeId]:
         """Volumes whose device is on this node, mounted or not."""
@@ -101,6 +107,12 @@ class Reconciler:
                 except VolumedError as error:
                     _log.warning("backend %s: %s", backend.name, error, extra={"backend": backend.name})
         return found
+
+    def _converge_backend(self, name: str, volumes: list[Volume]) -> None:
+        try:
+            self._backends.get(name).call(partial(self._converge_all, volumes))
+        except VolumedError as error:
+            _log.warning("backend %s: reconciling goes on later: %s", name, error, extra={"backend": name})
 
     def _converge_all(self, volumes: list[Volume]) -> None:
         for volume in volumes:

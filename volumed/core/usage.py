@@ -12,7 +12,7 @@ from volumed import context
 from volumed.core.backends import Backend, Backends
 from volumed.core.presence import Presence, handle_of
 from volumed.driver import BlockDriver
-from volumed.errors import CommandFailed, VolumedError
+from volumed.errors import BackendUnavailable, CommandFailed, OperationPending, VolumedError
 from volumed.model import Volume, VolumeId, VolumeMode, now
 from volumed.store.repository import Repository
 
@@ -49,13 +49,16 @@ class Usage:
         """On the timer: every mounted volume whose usage costs no walk; what is gone is forgotten."""
         mounted = set(self._presence.mounted_ids())
         self._samples = {key: sample for key, sample in self._samples.items() if key in mounted}
+        slow: set[str] = set()  # one that hangs costs a round its patience once
         for volume_id in mounted:
             volume = self._repository.volume(volume_id)
-            if volume is None:
+            if volume is None or volume.backend in slow:
                 continue
             try:
                 with context.request(timeout=5.0):
                     self.refresh(volume, count=False)
+            except (OperationPending, BackendUnavailable):
+                slow.add(volume.backend)
             except VolumedError as error:
                 _log.debug("usage of %s: %s", volume.name, error)
 
