@@ -30,6 +30,7 @@ bench: .venv/development ## Measure, ours beside the peers', in one run
 	@$(BIN)/python -m tests.bench
 
 install: .cache/uv/bin/uv ## Install below PREFIX (/opt/volumed), with systemd units; as root
+	$(UV) venv --quiet --relocatable --allow-existing $(DESTDIR)$(PREFIX)
 	UV_PROJECT_ENVIRONMENT=$(DESTDIR)$(PREFIX) $(UV) sync --quiet --frozen --no-dev --no-editable --reinstall-package volumed
 	install -d $(DESTDIR)/usr/local/bin $(DESTDIR)/etc/volumed $(DESTDIR)/etc/systemd/system
 	ln -sfn $(PREFIX)/bin/volumed $(DESTDIR)/usr/local/bin/volumed
