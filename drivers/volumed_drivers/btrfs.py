@@ -36,6 +36,7 @@ from volumed.driver import (
 from volumed.errors import BackendUnavailable, CommandFailed, MountFailed, NotFound, OutOfRange
 from volumed.model import Handle, SnapshotId, VolumeId
 from volumed.testing import crash
+from volumed_drivers.folders import capacity_of, make_folder
 
 _VOLUME = re.compile(r"(v[0-9a-f]{32})(\.new|\.old)?")
 _SNAPSHOT = re.compile(r"s[0-9a-f]{32}")
@@ -59,14 +60,10 @@ class BtrfsDriver(FilesystemDriver, SupportsExpand, SupportsSnapshots, SupportsC
         self._path = options.path
 
     def probe(self) -> Probe:
-        subject = f"backend {self.backend}"
-        try:
-            self._path.mkdir(mode=0o711, parents=True, exist_ok=True)
-        except OSError as error:
-            raise BackendUnavailable(f"{self._path} cannot be made: {error.strerror}", subject=subject) from None
+        make_folder(self._path, mode=0o711, backend=self.backend)
         kind = self.host.run(["stat", "--file-system", "--format=%T", self._path]).stdout.strip()
         if kind != _MAGIC:
-            raise BackendUnavailable(f"{self._path} lies on {kind}, not on btrfs", subject=subject)
+            raise BackendUnavailable(f"{self._path} lies on {kind}, not on btrfs", subject=f"backend {self.backend}")
         facts = {"path": str(self._path)}
         try:
             self._btrfs("quota", "enable", self._path)
@@ -218,8 +215,7 @@ class BtrfsDriver(FilesystemDriver, SupportsExpand, SupportsSnapshots, SupportsC
         return CreatedVolume(Handle(spec.id), spec.size)
 
     def capacity(self) -> Capacity:
-        room = os.statvfs(self._path)
-        return Capacity(total=room.f_blocks * room.f_frsize, available=room.f_bavail * room.f_frsize)
+        return capacity_of(self._path)
 
     def _sync(self) -> None:
         """A subvolume that was made survives a power cut only once its transaction is on the disk."""

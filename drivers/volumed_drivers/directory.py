@@ -33,9 +33,10 @@ from volumed.driver import (
     SupportsExpand,
     VolumeSpec,
 )
-from volumed.errors import BackendUnavailable, MountFailed, NotFound, NotSupported
+from volumed.errors import MountFailed, NotFound, NotSupported
 from volumed.model import Handle, VolumeId
 from volumed.testing import crash
+from volumed_drivers.folders import capacity_of, make_folder, sync_folder
 
 _VOLUME_ID = re.compile(r"v[0-9a-f]{32}")
 _TRASH = ".trash-"
@@ -58,12 +59,7 @@ class DirectoryDriver(FilesystemDriver, SupportsExpand, SupportsCapacity):
         self._projects = threading.Lock()  # a number must not be taken twice between looking and taking
 
     def probe(self) -> Probe:
-        try:
-            self._path.mkdir(mode=0o711, parents=True, exist_ok=True)
-        except OSError as error:
-            raise BackendUnavailable(
-                f"{self._path} cannot be made: {error.strerror}", subject=f"backend {self.backend}"
-            ) from None
+        make_folder(self._path, mode=0o711, backend=self.backend)
         self._quota = self.host.project_quota_supported(self._path)
         lacking: dict[Capability, str] = {}
         if not self._quota:
@@ -89,8 +85,8 @@ class DirectoryDriver(FilesystemDriver, SupportsExpand, SupportsCapacity):
         if spec.size is not None:
             self._bound(folder, spec.size)
         crash.point("directory.create.data")
-        _sync(folder)
-        _sync(self._path)
+        sync_folder(folder)
+        sync_folder(self._path)
         return CreatedVolume(Handle(spec.id), spec.size)
 
     def _bound(self, folder: Path, size: int) -> None:
@@ -121,7 +117,7 @@ class DirectoryDriver(FilesystemDriver, SupportsExpand, SupportsCapacity):
         self._remove_tree(trash)
         if project is not None and self._quota:
             self.host.clear_project_quota(self._path, project=project)
-        _sync(self._path)
+        sync_folder(self._path)
 
     def _remove_tree(self, trash: Path) -> None:
         """An empty volume costs two system calls; a full one is left to rm(1), which knows deep and large trees, other
@@ -182,14 +178,4 @@ class DirectoryDriver(FilesystemDriver, SupportsExpand, SupportsCapacity):
         return max(there, size)
 
     def capacity(self) -> Capacity:
-        room = os.statvfs(self._path)
-        return Capacity(total=room.f_blocks * room.f_frsize, available=room.f_bavail * room.f_frsize)
-
-
-def _sync(folder: Path) -> None:
-    """What was made in the folder survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return capacity_of(self._path)

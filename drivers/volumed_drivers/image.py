@@ -40,6 +40,7 @@ from volumed.driver import (
 from volumed.errors import BackendError, BackendUnavailable, CapacityExhausted, NotFound, NotSupported, OutOfRange
 from volumed.model import Handle, SnapshotId, VolumeId
 from volumed.testing import crash
+from volumed_drivers.folders import capacity_of, make_folder, sync_folder
 
 _VOLUME = re.compile(r"(v[0-9a-f]{32})\.img(\.new)?")
 _SNAPSHOT = re.compile(r"(s[0-9a-f]{32})\.snap(\.new)?")
@@ -75,12 +76,7 @@ class ImageDriver(BlockDriver, SupportsExpand, SupportsSnapshots, SupportsClone,
         self._reflink = False
 
     def probe(self) -> Probe:
-        try:
-            self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise BackendUnavailable(
-                f"{self._path} cannot be made: {error.strerror}", subject=f"backend {self.backend}"
-            ) from None
+        make_folder(self._path, mode=0o700, backend=self.backend)
         self._reflink = self._can_reflink()
         reason = f"{self._path} cannot share data between files (XFS and btrfs can)"
         live = (Capability.SNAPSHOT_LIVE, Capability.CLONE_LIVE)
@@ -154,11 +150,7 @@ class ImageDriver(BlockDriver, SupportsExpand, SupportsSnapshots, SupportsClone,
     def _publish(self, new: Path, image: Path) -> None:
         """From one instant on the file is whole, also after a power cut."""
         new.rename(image)
-        descriptor = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_folder(self._path)
 
     def delete(self, handle: Handle) -> None:
         self.unmap(handle)
@@ -291,8 +283,7 @@ class ImageDriver(BlockDriver, SupportsExpand, SupportsSnapshots, SupportsClone,
             )
 
     def capacity(self) -> Capacity:
-        room = os.statvfs(self._path)
-        return Capacity(total=room.f_blocks * room.f_frsize, available=room.f_bavail * room.f_frsize)
+        return capacity_of(self._path)
 
     def _image(self, handle: Handle) -> Path:
         return self._path / f"{handle}.img"

@@ -18,13 +18,14 @@ from pathlib import Path
 from tests.bench.measure import milliseconds, percentile, show, spread, times
 from tests.harness.docker import PLUGINS, running_docker
 from tests.harness.processes import Process
-from tests.harness.volumed import UnixConnection, Volumed, running_volumed
+from tests.harness.volumed import Volumed, running_volumed
 from volumed.host import loop, mounts
 from volumed.host.filesystems import Ext4
 from volumed.host.linux import LinuxHost
 from volumed.model import Binding, Engine, Handle, Volume, VolumeState, new_volume_id, now
 from volumed.store.repository import Repository
 from volumed.store.sqlite import SqliteStore
+from volumed.unix_http import UnixConnection
 
 
 class Plugin:

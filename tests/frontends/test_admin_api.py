@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import wait_until
-from tests.harness.volumed import ApiError, UnixConnection, Volumed
+from tests.harness.volumed import ApiError, Volumed
+from volumed.unix_http import UnixConnection
 
 pytestmark = pytest.mark.root
 

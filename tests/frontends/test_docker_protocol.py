@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
 import threading
 from pathlib import Path
@@ -14,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import wait_until
-from tests.harness.volumed import UnixConnection, Volumed
+from tests.harness.volumed import Volumed
 from volumed.host.mounts import is_mountpoint
+from volumed.unix_http import UnixConnection
 
 pytestmark = pytest.mark.root
 
@@ -149,14 +151,25 @@ def test_garbage_on_the_socket_harms_nobody(volumed: Volumed) -> None:
 def test_a_caller_that_is_gone_holds_nothing(volumed: Volumed) -> None:
     """The answer to a Mount that nobody waits for any more: no Unmount will ever come for it."""
     assert volumed.plugin("Create", Name="data", Opts={"size": "64m"}).error == ""
+    before = mounts_answered(volumed)
     body = json.dumps({"Name": "data", "ID": "gone"}).encode()
     for _ in range(5):
         client = socket.socket(socket.AF_UNIX)
         client.connect(str(volumed.plugin_socket))
         client.sendall(b"POST /VolumeDriver.Mount HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         client.close()
+    wait_until(lambda: mounts_answered(volumed) == before + 5)
     wait_until(lambda: volumed.bindings() == [] and volumed.mounted() == {} and volumed.loops() == [])
     assert volumed.plugin("Remove", Name="data").error == ""
+
+
+def mounts_answered(volumed: Volumed) -> int:
+    connection = UnixConnection(volumed.admin_socket, timeout=60)
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    connection.close()
+    line = re.search(r'volumed_request_seconds_count{endpoint="Mount",frontend="docker",outcome="ok"} (\S+)', text)
+    return int(float(line[1])) if line else 0
 
 
 def test_many_connections_at_once(volumed: Volumed) -> None:

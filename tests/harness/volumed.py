@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ from tests.harness.processes import Process
 from volumed.cli.client import ApiError, Client
 from volumed.host import loop, mounts
 from volumed.host.mounts import parse_mountinfo
+from volumed.unix_http import UnixConnection
 
 BIN = Path(sys.executable).parent
 
@@ -209,17 +209,6 @@ def running_volumed(folder: Path, **options: Any) -> Iterator[Volumed]:
         volumed.clean_up()
 
 
-class UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path, *, timeout: float) -> None:
-        super().__init__("localhost", timeout=timeout)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(os.fspath(self._path))
-
-
 def _answers(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
         try:
@@ -229,4 +218,4 @@ def _answers(path: Path) -> bool:
         return True
 
 
-__all__ = ["Answer", "ApiError", "UnixConnection", "Volumed", "running_volumed"]
+__all__ = ["Answer", "ApiError", "Volumed", "running_volumed"]

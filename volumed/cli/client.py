@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
+
+from volumed.unix_http import UnixConnection
 
 DEFAULT_SOCKET = Path("/run/volumed/admin.sock")
 PATIENCE = 630.0  # a little more than the daemon's own bound on a request
@@ -27,17 +27,6 @@ class ApiError(Exception):
         self.subject = subject
         self.hint = hint
         self.request_id = request_id
-
-
-class _Connection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=PATIENCE)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(os.fspath(self._path))
 
 
 class Client:
@@ -76,7 +65,7 @@ class Client:
         if asked:
             target += "?" + urlencode(asked)
         data = None if body is None else json.dumps(body)
-        connection = _Connection(self._path)
+        connection = UnixConnection(self._path, timeout=PATIENCE)
         try:
             connection.request(method, target, body=data, headers={"Content-Type": "application/json"} if data else {})
             answer = connection.getresponse()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import http.client
 import json
 import logging
-import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from urllib.parse import quote
 
 from volumed.core.consumers.source import ConsumerSource, Hold
 from volumed.model import Consumer, Engine
+from volumed.unix_http import UnixConnection
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class DockerSource(ConsumerSource):
         pause = 1.0
         while not stop.is_set():
             try:
-                connection = _UnixConnection(self._socket, timeout=TIMEOUT)
+                connection = UnixConnection(self._socket, timeout=TIMEOUT)
                 connection.request("GET", f"/events?filters={quote(json.dumps(_EVENTS))}")
                 answer = connection.getresponse()
                 pause = 1.0
@@ -103,7 +103,7 @@ class DockerSource(ConsumerSource):
                     raw._timeout_occurred = False
 
     def _get(self, path: str) -> Any:
-        connection = _UnixConnection(self._socket, timeout=TIMEOUT)
+        connection = UnixConnection(self._socket, timeout=TIMEOUT)
         try:
             connection.request("GET", path)
             answer = connection.getresponse()
@@ -113,17 +113,6 @@ class DockerSource(ConsumerSource):
             return json.loads(body)
         finally:
             connection.close()
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path, *, timeout: float) -> None:
-        super().__init__("localhost", timeout=timeout)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
 
 
 def _state(root: Path, container: str) -> dict[str, Any]:
