@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from tests.unit.conftest import Lab
 from volumed import context
+from volumed.driver import Capability
 from volumed.errors import (
     AlreadyExists,
     BackendError,
@@ -22,6 +24,7 @@ from volumed.errors import (
     VolumedError,
 )
 from volumed.model import Ownership, VolumeMode, VolumeState
+from volumed.testing.memory import MemoryDriver
 
 
 def test_the_whole_life(lab: Lab) -> None:
@@ -204,6 +207,66 @@ def test_remove_that_fails_goes_on_later(lab: Lab) -> None:
 def test_expand(lab: Lab) -> None:
     with pytest.raises(NotSupported, match="has no size that could grow"):
         lab.core.volumes.expand(lab.create().name, 10)
+
+
+@pytest.fixture
+def sized(make_lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch) -> Lab:
+    """Its driver enforces sizes."""
+    monkeypatch.setattr(MemoryDriver, "capabilities", MemoryDriver.capabilities | {Capability.SIZE})
+    return make_lab()
+
+
+def test_growth(sized: Lab) -> None:
+    volume = sized.create(size=10)
+    assert sized.core.volumes.expand("data", 20).size == 20
+    assert sized.core.volumes.expand("data", 20).size == 20
+    with pytest.raises(OutOfRange, match="has 20 bytes and cannot shrink to 10"):
+        sized.core.volumes.expand("data", 10)
+    assert volume.handle
+    assert sized.driver().inspect(volume.handle).size == 20
+
+
+def half_grown(lab: Lab) -> None:
+    """The storage grew, and then something failed."""
+    volume = lab.create(size=10)
+    driver = lab.driver()
+
+    def before(method: str) -> None:
+        if method == "expand":
+            assert volume.handle
+            lab.storages["one"].volumes[volume.handle].size = 20
+            raise BackendError("did not come to its end")
+
+    driver.before = before
+    with pytest.raises(BackendError):
+        lab.core.volumes.expand("data", 20)
+    assert [finding.kind for finding in lab.core.doctor.examine()] == ["stuck-operation"]
+
+
+def test_a_growth_that_was_begun_is_finished(sized: Lab) -> None:
+    half_grown(sized)
+    sized.driver().heal()
+    sized.core.journal.recover()
+    assert sized.core.volumes.get("data").size == 20
+    assert sized.core.doctor.examine() == []
+
+
+def test_a_growth_that_cannot_be_finished_keeps_nobody_from_mounting_or_removing(sized: Lab) -> None:
+    half_grown(sized)
+    volume = sized.core.volumes.get("data")
+    sized.mount(volume)
+    sized.unmount(volume)
+    sized.core.volumes.remove("data")
+    sized.assert_nothing_left()
+
+
+def test_a_growth_that_was_refused_leaves_nothing_behind(sized: Lab) -> None:
+    sized.create(size=10)
+    sized.driver().fail("expand", CapacityExhausted("is full"))
+    with pytest.raises(CapacityExhausted):
+        sized.core.volumes.expand("data", 20)
+    assert sized.core.doctor.examine() == []
+    assert sized.core.volumes.get("data").size == 10
 
 
 def test_snapshots(lab: Lab) -> None:

@@ -132,7 +132,7 @@ class Journal:
         self._events.publish(
             "operation.recovered",
             current.name,
-            f"{operation.kind} of an earlier attempt settled",
+            f"{operation.kind} was cut short, and is settled",
         )
         return self._repository.volume(volume.id)
 

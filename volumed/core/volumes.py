@@ -311,6 +311,8 @@ class Volumes:
             )
         if size == volume.size:
             return volume
+        if volume.filesystem:
+            filesystems.get(volume.filesystem).require_growth()
         return backend.call(lambda: self._expand(volume.id, size, backend))
 
     def _expand(self, volume_id: VolumeId, size: int, backend: Backend) -> Volume:
