@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import wait_until
 from tests.unit.conftest import Lab
+from volumed.core import core
 from volumed.core.presence import Observed
 from volumed.core.reconcile import TABLE, Action, Desired
 from volumed.errors import BackendUnavailable
@@ -76,3 +79,17 @@ def test_all_is_unmounted_when_the_machine_goes_down(lab: Lab) -> None:
     assert lab.bound() == ["id-1"]  # and comes back at the next start
     lab.restart()
     assert lab.mounted() == {volume.id}
+
+
+def test_a_table_that_never_rests_does_not_put_off_the_thorough_look(
+    make_lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Containers that come and go all the time change the mount table all the time."""
+    monkeypatch.setattr(core, "SETTLE_TIME", 0.01)
+    lab = make_lab(reconcile_interval=0.2)
+    looks: list[bool] = []
+    monkeypatch.setattr(lab.core.reconciler, "run", lambda *, thorough: looks.append(thorough))
+    monkeypatch.setattr(lab.host, "wait_for_mount_change", lambda timeout: True)
+    lab.core.start()
+    wait_until(lambda: True in looks)
+    assert False in looks

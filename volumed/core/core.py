@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -186,17 +187,23 @@ class Core:
             backend.unavailable(str(error))
 
     def _keep_converging(self) -> None:
-        """On every change of the mount table a glance, every interval a thorough look."""
+        """On every change of the mount table a glance; every interval, however often it changes, a thorough look."""
+        due = time.monotonic() + self.settings.reconcile_interval
         while not self._stop.is_set():
-            changed = self._host.wait_for_mount_change(self.settings.reconcile_interval)
-            if self._stop.wait(SETTLE_TIME if changed else 0):
+            # In slices, so that a stop is noticed.
+            changed = self._host.wait_for_mount_change(min(1.0, max(0.0, due - time.monotonic())))
+            thorough = time.monotonic() >= due
+            if not changed and not thorough:
+                continue
+            if changed and self._stop.wait(SETTLE_TIME):
                 return
             with context.request(timeout=PATIENCE):
-                self._guarded("reconciling", partial(self.reconciler.run, thorough=not changed))
-            if not changed:
+                self._guarded("reconciling", partial(self.reconciler.run, thorough=thorough))
+            if thorough:
                 self._guarded("recovery", self.journal.recover)
                 self._guarded("usage", self.usage.refresh_mounted)
                 self._each_backend(lambda backend: backend.probe(), patience=PATIENCE)
+                due = time.monotonic() + self.settings.reconcile_interval
 
     def _follow(self, source: ConsumerSource) -> None:
         """Compare bindings with the engine's containers on each of its events, and on the timer."""
