@@ -2,6 +2,7 @@
 
     PATH/<volume id>/data       what containers see
     PATH/<volume id>/project    number of its XFS project, where a size is enforced
+    PATH/.new-..., .trash-...   one in the making, one on its way out
 
 A size is enforced by the project quota of XFS; elsewhere it is refused, never ignored.
 """
@@ -39,7 +40,7 @@ from volumed.testing import crash
 from volumed_drivers.folders import capacity_of, make_folder, sync_folder
 
 _VOLUME_ID = re.compile(r"v[0-9a-f]{32}")
-_TRASH = ".trash-"
+_NEW, _TRASH = ".new-", ".trash-"
 REMOVE_TIMEOUT = 580.0
 
 
@@ -78,15 +79,19 @@ class DirectoryDriver(FilesystemDriver, SupportsExpand, SupportsCapacity):
                 hint="leave the size out, or use a backend of driver image or btrfs",
             )
         folder = self._path / spec.id
-        data = folder / "data"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        crash.point("directory.create.folder")
-        data.mkdir(mode=0o755, exist_ok=True)
-        if spec.size is not None:
-            self._bound(folder, spec.size)
-        crash.point("directory.create.data")
-        sync_folder(folder)
-        sync_folder(self._path)
+        if not folder.exists():
+            new = self._path / f"{_NEW}{spec.id}"
+            new.mkdir(mode=0o700, exist_ok=True)
+            crash.point("directory.create.folder")
+            data = new / "data"
+            data.mkdir(exist_ok=True)
+            data.chmod(0o755)  # whatever the umask says: users of a container must get in
+            if spec.size is not None:
+                self._bound(new, spec.size)
+            crash.point("directory.create.data")
+            # Whole from one instant on; and as the last change is the parent's, one sync of it covers all before.
+            new.rename(folder)
+            sync_folder(self._path)
         return CreatedVolume(Handle(spec.id), spec.size)
 
     def _bound(self, folder: Path, size: int) -> None:
@@ -107,10 +112,11 @@ class DirectoryDriver(FilesystemDriver, SupportsExpand, SupportsCapacity):
             return None
 
     def delete(self, handle: Handle) -> None:
-        folder, trash = self._path / handle, self._path / f"{_TRASH}{handle}"
-        with contextlib.suppress(FileNotFoundError):
-            folder.rename(trash)
-            crash.point("directory.delete.trashed")
+        trash = self._path / f"{_TRASH}{handle}"
+        for folder in (self._path / handle, self._path / f"{_NEW}{handle}"):
+            with contextlib.suppress(FileNotFoundError):
+                folder.rename(trash)
+                crash.point("directory.delete.trashed")
         if not trash.exists():
             return
         project = self._project(trash)
@@ -142,12 +148,12 @@ class DirectoryDriver(FilesystemDriver, SupportsExpand, SupportsCapacity):
 
     def list(self) -> Iterable[Found]:
         for name in os.listdir(self._path):  # noqa: PTH208 (names are enough)
-            volume_id = name.removeprefix(_TRASH)
+            volume_id = name.removeprefix(_TRASH).removeprefix(_NEW)
             if _VOLUME_ID.fullmatch(volume_id):
                 yield Found(Handle(volume_id), VolumeId(volume_id))
 
     def find(self, volume_id: VolumeId) -> Handle | None:
-        there = any((self._path / name).exists() for name in (volume_id, f"{_TRASH}{volume_id}"))
+        there = any((self._path / f"{prefix}{volume_id}").exists() for prefix in ("", _NEW, _TRASH))
         return Handle(volume_id) if there else None
 
     def mount(self, handle: Handle, target: Path, *, options: Sequence[str], readonly: bool) -> None:

@@ -6,6 +6,7 @@ pool and then refuses at once, and nobody else notices.
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import logging
 import threading
@@ -14,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from volumed import context
 from volumed.core.drivers import DriverRegistry
@@ -40,6 +41,8 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+# A job outlives its caller's patience, but not for ever: whatever it waits for in a child process is killed then.
+WORK_TIMEOUT = 600.0
 # How many callers may wait for a worker: more than the containers that a machine starts at once.
 WAITING = 256
 
@@ -58,6 +61,53 @@ class _Ticket:
     lock: threading.Lock = field(default_factory=threading.Lock)
     finished: bool = False
     abandoned: bool = False
+
+
+def _work(job: Callable[[], T], ticket: _Ticket, late: Callable[[T], None] | None) -> T:
+    with context.request(context.request_id.get(), timeout=WORK_TIMEOUT):
+        result = job()
+        with ticket.lock:
+            ticket.finished = True
+            if not ticket.abandoned:
+                return result
+        if late is not None:
+            late(result)
+        return result
+
+
+class Pending(Generic[T]):
+    """A job on its way."""
+
+    def __init__(self, future: Future[T], ticket: _Ticket, *, subject: str) -> None:
+        self._future = future
+        self._ticket = ticket
+        self._subject = subject
+
+    def wait(self) -> T:
+        """Until the request's deadline. Raises OperationPending, BackendUnavailable and what the job raises."""
+        try:
+            return self._future.result(timeout=context.remaining(WORK_TIMEOUT))
+        except FutureTimeout:
+            return self._overdue()
+
+    async def outcome(self) -> T:
+        """As `wait`, in an event loop."""
+        done, _ = await asyncio.wait([asyncio.wrap_future(self._future)], timeout=context.remaining(WORK_TIMEOUT))
+        return self._future.result() if done else self._overdue()
+
+    def _overdue(self) -> T:
+        if self._future.done():  # the job itself raised a TimeoutError, or ended in this very moment
+            return self._future.result()
+        if self._future.cancel():
+            raise BackendUnavailable("did not get to this request in time", subject=self._subject) from None
+        with self._ticket.lock:
+            if not self._ticket.finished:
+                self._ticket.abandoned = True
+        if self._ticket.abandoned:
+            raise OperationPending(
+                "is taking long; the work goes on", subject=self._subject, hint="ask again to join it"
+            ) from None
+        return self._future.result()
 
 
 class Backend:
@@ -124,55 +174,26 @@ class Backend:
         Past the deadline the job goes on, with WORK_TIMEOUT of its own; `late` is then given its result. Raises
         BackendUnavailable at once when too many wait already, OperationPending at the deadline.
         """
+        return self.begin(job, late=late).wait()
+
+    def begin(self, job: Callable[[], T], *, late: Callable[[T], None] | None = None) -> Pending[T]:
+        """As `call`, for a caller that waits in its own way."""
         if not self._room.acquire(blocking=False):
             raise BackendUnavailable(
                 "too many requests are waiting for it", subject=f"backend {self.name}", hint="try again later"
             )
         ticket = _Ticket()
         try:
-            future = self._pool.submit(contextvars.copy_context().run, self._work, job, ticket, late)
+            future = self._pool.submit(contextvars.copy_context().run, _work, job, ticket, late)
         except BaseException:
             self._room.release()
             raise
         future.add_done_callback(lambda _: self._room.release())
-        return self._await(future, ticket)
-
-    def _work(self, job: Callable[[], T], ticket: _Ticket, late: Callable[[T], None] | None) -> T:
-        with context.request(context.request_id.get(), timeout=WORK_TIMEOUT):
-            result = job()
-            with ticket.lock:
-                ticket.finished = True
-                if not ticket.abandoned:
-                    return result
-            if late is not None:
-                late(result)
-            return result
-
-    def _await(self, future: Future[T], ticket: _Ticket) -> T:
-        try:
-            return future.result(timeout=context.remaining(WORK_TIMEOUT))
-        except FutureTimeout:
-            if future.done():  # the job itself raised a TimeoutError
-                raise
-            subject = f"backend {self.name}"
-            if future.cancel():
-                raise BackendUnavailable("did not get to this request in time", subject=subject) from None
-            with ticket.lock:
-                if not ticket.finished:
-                    ticket.abandoned = True
-            if ticket.abandoned:
-                raise OperationPending(
-                    "is taking long; the work goes on", subject=subject, hint="ask again to join it"
-                ) from None
-            return future.result()
+        return Pending(future, ticket, subject=f"backend {self.name}")
 
     def close(self) -> None:
         """Take no more jobs; those that run are not waited for: a hung one would hold the daemon."""
         self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-# A job outlives its caller's patience, but not for ever: whatever it waits for in a child process is killed then.
-WORK_TIMEOUT = 600.0
 
 
 class Backends:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from volumed.core.backends import Backend, Backends
+from volumed.core.backends import Backend, Backends, Pending
 from volumed.core.events import Events
 from volumed.core.locks import KeyedLocks
 from volumed.core.presence import Presence
@@ -54,6 +54,12 @@ class Mounts:
         return self.presence.mounted_ids()
 
     def acquire(self, volume: Volume, *, engine: Engine, mount_id: str, consumer: Consumer | None = None) -> Path:
+        """`begin_acquire`, waited for."""
+        return self.begin_acquire(volume, engine=engine, mount_id=mount_id, consumer=consumer).wait()
+
+    def begin_acquire(
+        self, volume: Volume, *, engine: Engine, mount_id: str, consumer: Consumer | None = None
+    ) -> Pending[Path]:
         """Bind the consumer to the volume and return the path it is mounted at.
 
         The same hold taken again is counted. When the caller's deadline passes first, the hold is given back as soon
@@ -64,7 +70,7 @@ class Mounts:
         def give_back(_: Path) -> None:
             self._release(volume.id, backend, engine=engine, mount_id=mount_id, reason="abandoned")
 
-        return backend.call(
+        return backend.begin(
             lambda: self._acquire(volume.id, backend, engine=engine, mount_id=mount_id, consumer=consumer),
             late=give_back,
         )
@@ -101,9 +107,15 @@ class Mounts:
                 raise
 
     def release(self, volume: Volume, *, engine: Engine, mount_id: str) -> None:
+        """`begin_release`, waited for."""
+        self.begin_release(volume, engine=engine, mount_id=mount_id).wait()
+
+    def begin_release(self, volume: Volume, *, engine: Engine, mount_id: str) -> Pending[None]:
         """Give one hold back; the last one unmounts. Raises NotFound when there is no such hold."""
         backend = self._backends.get(volume.backend)
-        backend.call(lambda: self._release(volume.id, backend, engine=engine, mount_id=mount_id, reason="released"))
+        return backend.begin(
+            lambda: self._release(volume.id, backend, engine=engine, mount_id=mount_id, reason="released")
+        )
 
     def _release(self, volume_id: VolumeId, backend: Backend, *, engine: Engine, mount_id: str, reason: str) -> None:
         with self._locks.hold(volume_id):

@@ -103,15 +103,10 @@ class Presence:
             self._adopt(volume, driver)
             return target
         target.mkdir(mode=0o700, exist_ok=True)
-        try:
-            if isinstance(driver, FilesystemDriver):
-                driver.mount(handle, target, options=volume.mount_options, readonly=False)
-            elif isinstance(driver, BlockDriver):
-                self._mount_device(volume, driver, handle, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                target.rmdir()
-            raise
+        if isinstance(driver, FilesystemDriver):
+            driver.mount(handle, target, options=volume.mount_options, readonly=False)
+        elif isinstance(driver, BlockDriver):
+            self._mount_device(volume, driver, handle, target)
         self._remember(volume.id, mounted=True)
         crash.point("mount.mounted")
         return target
@@ -146,7 +141,10 @@ class Presence:
             raise
 
     def remove(self, volume: Volume, driver: Driver) -> None:
-        """Nothing of the volume on this node any more. Raises InUse while a process holds it."""
+        """Neither mount nor device of the volume on this node any more; its empty mount point stays until `forget`.
+
+        Raises InUse while a process holds it.
+        """
         if volume.handle is None:
             return
         target = self.path(volume.id)
@@ -158,8 +156,11 @@ class Presence:
         crash.point("unmount.unmounted")
         if isinstance(driver, BlockDriver):
             driver.unmap(volume.handle)
+
+    def forget(self, volume_id: VolumeId) -> None:
+        """The mount point of a volume that goes for good."""
         with contextlib.suppress(FileNotFoundError):
-            target.rmdir()
+            self.path(volume_id).rmdir()
 
     def format(self, volume: Volume, driver: BlockDriver) -> None:
         """A new file system on a new volume, and the root of its tree as it was asked for."""

@@ -103,11 +103,11 @@ class Provision:
     def destroy(self, volume: Volume, backend: Backend) -> None:
         """Remove the data, or whatever a cut-short `make` left of it. Nothing may hold the volume."""
         handle = volume.handle or backend.driver.find(volume.id)
-        if handle is None:
-            return
-        self._presence.remove(msgspec.structs.replace(volume, handle=handle), backend.driver)
-        crash.point("delete.absent")
-        backend.driver.delete(handle)
+        if handle is not None:
+            self._presence.remove(msgspec.structs.replace(volume, handle=handle), backend.driver)
+            crash.point("delete.absent")
+            backend.driver.delete(handle)
+        self._presence.forget(volume.id)
 
     def withdraw(self, volume: Volume, backend: Backend) -> None:
         """Take the volume from this node. Raises InUse."""

@@ -43,6 +43,7 @@ class UnixServer:
             access_log=False,
             log_config=None,
             server_header=False,
+            proxy_headers=False,
             date_header=False,
             backlog=BACKLOG,
             timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,

@@ -49,11 +49,12 @@ class SqliteStore(Store):
         self._changes = ChangeLog(revision=self._revision)
         self._pending: list[Change] = []
         self._readers: queue.SimpleQueue[apsw.Connection] = queue.SimpleQueue()
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._writing = threading.Lock()
         self._closed = threading.Event()
-        self._leases_held = bool(self._writer.execute("SELECT count(*) FROM leases").get)
-        self._thread = threading.Thread(target=self._write, name="ledger-writer", daemon=True)
-        self._thread.start()
+        self._expiry: threading.Thread | None = None
+        if self._writer.execute("SELECT count(*) FROM leases").get:
+            self._watch_leases()
 
     # Reading
     def get(self, key: str) -> Entry | None:
@@ -118,7 +119,7 @@ class SqliteStore(Store):
     def _apply(
         self, expect: Mapping[str, int], put: Mapping[str, bytes], delete: Sequence[str], lease: int | None
     ) -> int:
-        """On the writer's thread, inside its transaction. A refusal comes before the first change."""
+        """Inside the writer's transaction. A refusal comes before the first change."""
         writer = self._writer
         for key, revision in expect.items():
             row = writer.execute("SELECT revision FROM entries WHERE key = ?", (key,)).fetchone()
@@ -140,38 +141,28 @@ class SqliteStore(Store):
         return revision
 
     def _submit(self, job: Callable[[], T]) -> T:
+        """Whoever gets to write commits for all that wait, in one transaction and so in one sync of the disk."""
         future: Future[T] = Future()
-        if self._closed.is_set():
-            raise IntegrityError("the ledger is closed", subject=str(self._path))
         self._jobs.put((job, future))
+        with self._writing:
+            while not future.done():
+                self._commit_group(self._waiting())
         return future.result()
 
-    def _write(self) -> None:
-        """Everything that waits goes into one transaction, and so into one sync of the disk."""
-        next_expiry = time.monotonic() + EXPIRY_INTERVAL
-        while True:
-            jobs: list[_Job] = []
-            try:
-                timeout = max(0.0, next_expiry - time.monotonic()) if self._leases_held else None
-                first = self._jobs.get(timeout=timeout)
-                if first is None:
-                    return
-                jobs.append(first)
-                while len(jobs) < GROUP and (job := self._jobs.get_nowait()) is not None:
-                    jobs.append(job)
-                if len(jobs) < GROUP:  # the queue ended with the word to stop
-                    self._jobs.put(None)
-            except queue.Empty:
-                pass
-            if self._leases_held and time.monotonic() >= next_expiry:
-                next_expiry = time.monotonic() + EXPIRY_INTERVAL
-                jobs.append((self._expire, Future()))
-            if jobs:
-                self._commit_group(jobs)
+    def _waiting(self) -> list[_Job]:
+        jobs: list[_Job] = []
+        with contextlib.suppress(queue.Empty):
+            while len(jobs) < GROUP:
+                jobs.append(self._jobs.get_nowait())
+        return jobs
 
     def _commit_group(self, jobs: list[_Job]) -> None:
         """A job that is refused has changed nothing, and fails alone. One that fails otherwise fails all of the
         group, whose transaction is rolled back."""
+        if self._closed.is_set():
+            for _, future in jobs:
+                future.set_exception(IntegrityError("the ledger is closed", subject=str(self._path)))
+            return
         before = self._revision
         answers: list[tuple[Future[Any], Any, BaseException | None]] = []
         try:
@@ -218,10 +209,20 @@ class SqliteStore(Store):
     def grant_lease(self, ttl: float) -> int:
         def grant() -> int:
             self._writer.execute("INSERT INTO leases (ttl, expires) VALUES (?, ?)", (ttl, time.time() + ttl))
-            self._leases_held = True
+            self._watch_leases()
             return self._writer.last_insert_rowid()
 
         return self._submit(grant)
+
+    def _watch_leases(self) -> None:
+        if self._expiry is None:
+            self._expiry = threading.Thread(target=self._keep_expiring, name="ledger-leases", daemon=True)
+            self._expiry.start()
+
+    def _keep_expiring(self) -> None:
+        while not self._closed.wait(EXPIRY_INTERVAL):
+            with contextlib.suppress(IntegrityError, CapacityExhausted):  # the next second is as good
+                self._submit(self._expire)
 
     def keep_alive(self, lease: int) -> None:
         def renew() -> None:
@@ -237,7 +238,6 @@ class SqliteStore(Store):
     def _expire(self) -> None:
         for (lease,) in self._ended_leases():
             self._end_lease(int(lease))
-        self._leases_held = bool(self._writer.execute("SELECT count(*) FROM leases").get)
 
     def _ended_leases(self) -> list[Any]:
         return self._writer.execute("SELECT id FROM leases WHERE expires < ?", (time.time(),)).fetchall()
@@ -249,11 +249,12 @@ class SqliteStore(Store):
         self._writer.execute("DELETE FROM leases WHERE id = ?", (lease,))
 
     def close(self) -> None:
-        if self._closed.is_set():
-            return
-        self._closed.set()
-        self._jobs.put(None)
-        self._thread.join()
+        with self._writing:
+            if self._closed.is_set():
+                return
+            self._closed.set()
+        if self._expiry is not None:
+            self._expiry.join()
         self._changes.close()
         with contextlib.suppress(queue.Empty):
             while True:

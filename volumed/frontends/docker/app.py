@@ -7,11 +7,12 @@ measured in the tests of tests/engines: ids that repeat, Unmounts that never com
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -47,6 +48,12 @@ class Request(msgspec.Struct, frozen=True, rename={"name": "Name", "mount_id": "
 _decode = msgspec.json.Decoder(Request).decode
 _encode = msgspec.json.Encoder().encode
 Answer = dict[str, Any]
+_Handler = Callable[[Request], Awaitable[Answer]]
+
+
+class _Endpoint(NamedTuple):
+    handler: _Handler
+    timeout: float
 
 
 class DockerApp:
@@ -54,16 +61,18 @@ class DockerApp:
         self._core = core
         # One backend that hangs fills its own share, never all; threads are made as they are needed.
         self._pool = ThreadPoolExecutor(core.backends.room + 32, thread_name_prefix="docker")
-        self._endpoints: dict[str, tuple[Callable[[Request], Answer], float]] = {
-            "/Plugin.Activate": (lambda _: {"Implements": ["VolumeDriver"]}, SHORT_TIMEOUT),
-            "/VolumeDriver.Capabilities": (lambda _: {"Capabilities": {"Scope": "local"}}, SHORT_TIMEOUT),
-            "/VolumeDriver.Create": (self._create, core.settings.operation_timeout),
-            "/VolumeDriver.Get": (self._get, SHORT_TIMEOUT),
-            "/VolumeDriver.List": (self._list, SHORT_TIMEOUT),
-            "/VolumeDriver.Path": (self._path, SHORT_TIMEOUT),
-            "/VolumeDriver.Remove": (self._remove, SHORT_TIMEOUT),
-            "/VolumeDriver.Mount": (self._mount, core.settings.operation_timeout),
-            "/VolumeDriver.Unmount": (self._unmount, SHORT_TIMEOUT),
+        self._endpoints: dict[str, _Endpoint] = {
+            "/Plugin.Activate": _Endpoint(_answered(lambda _: {"Implements": ["VolumeDriver"]}), SHORT_TIMEOUT),
+            "/VolumeDriver.Capabilities": _Endpoint(
+                _answered(lambda _: {"Capabilities": {"Scope": "local"}}), SHORT_TIMEOUT
+            ),
+            "/VolumeDriver.Create": _Endpoint(self._on_thread(self._create), core.settings.operation_timeout),
+            "/VolumeDriver.Get": _Endpoint(_answered(self._get), SHORT_TIMEOUT),
+            "/VolumeDriver.List": _Endpoint(self._on_thread(self._list), SHORT_TIMEOUT),
+            "/VolumeDriver.Path": _Endpoint(_answered(self._path), SHORT_TIMEOUT),
+            "/VolumeDriver.Remove": _Endpoint(self._on_thread(self._remove), SHORT_TIMEOUT),
+            "/VolumeDriver.Mount": _Endpoint(self._mount, core.settings.operation_timeout),
+            "/VolumeDriver.Unmount": _Endpoint(self._unmount, SHORT_TIMEOUT),
         }
 
     async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
@@ -75,38 +84,44 @@ class DockerApp:
         except InvalidRequest as error:
             await _answer(send, 413, {"Err": str(error)})
             return
-        loop = asyncio.get_running_loop()
-        status, answer, request = await loop.run_in_executor(self._pool, self._handle, scope, path, body)
+        status, answer, request = await self._handle(scope, path, body)
         if path == "/VolumeDriver.Mount" and status == 200 and await _is_gone(receive):
-            await loop.run_in_executor(self._pool, self._take_back, request)
+            await self._take_back(request)
             return
         await _answer(send, status, answer)
 
-    def _handle(self, scope: _Scope, path: str, body: bytes) -> tuple[int, Answer, Request]:
-        """On a thread of the pool: the whole request, its errors as Docker shows them to people."""
+    def _on_thread(self, handler: Callable[[Request], Answer]) -> _Handler:
+        async def run(request: Request) -> Answer:
+            run_in = contextvars.copy_context().run
+            return await asyncio.get_running_loop().run_in_executor(self._pool, run_in, handler, request)
+
+        return run
+
+    async def _handle(self, scope: _Scope, path: str, body: bytes) -> tuple[int, Answer, Request]:
+        """The whole request, its errors as Docker shows them to people."""
         begun = time.perf_counter()
-        endpoint = path.rpartition(".")[2] if path in self._endpoints else "unknown"
+        name = path.rpartition(".")[2] if path in self._endpoints else "unknown"
         request = Request()
         with context.request() as identifier:
             outcome = "ok"
             try:
-                handler, timeout = self._find(scope, path)
+                endpoint = self._find(scope, path)
                 request = _parse(body)
-                with context.request(identifier, timeout=timeout):
-                    return 200, handler(request), request
+                with context.request(identifier, timeout=endpoint.timeout):
+                    return 200, await endpoint.handler(request), request
             except VolumedError as error:
                 outcome = error.code
-                _log.info("%s refused: %s", endpoint, error, extra={"endpoint": endpoint})
+                _log.info("%s refused: %s", name, error, extra={"endpoint": name})
                 return _http_status(error), {"Err": str(error)}, request
             except Exception:
                 outcome = "internal"
-                _log.exception("%s failed", endpoint, extra={"endpoint": endpoint})
+                _log.exception("%s failed", name, extra={"endpoint": name})
                 text = f"a bug of volumed: see its log for request {identifier}"
                 return 500, {"Err": text}, request
             finally:
-                self._core.metrics.request("docker", endpoint, outcome, time.perf_counter() - begun)
+                self._core.metrics.request("docker", name, outcome, time.perf_counter() - begun)
 
-    def _find(self, scope: _Scope, path: str) -> tuple[Callable[[Request], Answer], float]:
+    def _find(self, scope: _Scope, path: str) -> _Endpoint:
         if scope["method"] != "POST":
             raise InvalidRequest(f"{scope['method']} is not part of the volume plugin protocol", hint="use POST")
         try:
@@ -152,23 +167,32 @@ class DockerApp:
         self._core.volumes.remove(request.name)
         return {"Err": ""}
 
-    def _mount(self, request: Request) -> Answer:
+    async def _mount(self, request: Request) -> Answer:
         volume = self._core.volumes.get(request.name)
-        path = self._core.mounts.acquire(volume, engine=_engine(request), mount_id=_mount_id(request))
-        return {"Mountpoint": str(path), "Err": ""}
+        pending = self._core.mounts.begin_acquire(volume, engine=_engine(request), mount_id=_mount_id(request))
+        return {"Mountpoint": str(await pending.outcome()), "Err": ""}
 
-    def _unmount(self, request: Request) -> Answer:
+    async def _unmount(self, request: Request) -> Answer:
         volume = self._core.volumes.get(request.name)
-        self._core.mounts.release(volume, engine=_engine(request), mount_id=_mount_id(request))
+        await self._core.mounts.begin_release(volume, engine=_engine(request), mount_id=_mount_id(request)).outcome()
         return {"Err": ""}
 
-    def _take_back(self, request: Request) -> None:
+    async def _take_back(self, request: Request) -> None:
         """The caller was gone before the answer: no Unmount will ever come for this mount."""
         with context.request(timeout=SHORT_TIMEOUT):
             try:
-                self._unmount(request)
+                await self._unmount(request)
             except VolumedError as error:
                 _log.warning("volume %s: a mount nobody waited for stays for now: %s", request.name, error)
+
+
+def _answered(handler: Callable[[Request], Answer]) -> _Handler:
+    """A handler that reads the ledger alone: done sooner than it could be handed to a thread."""
+
+    async def run(request: Request) -> Answer:
+        return handler(request)
+
+    return run
 
 
 def _engine(request: Request) -> Engine:
