@@ -39,6 +39,7 @@ EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h: only a person can help, a restart c
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
+    os.umask(0o022)  # every mode is said where it matters; nobody's shell takes part in it
     try:
         settings = _settings(arguments)
         logs.configure(level=settings.log.level, format=settings.log.format)

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import pytest
+
+from tests.conftest import wait_until
 from tests.unit.conftest import Lab
+from volumed.core import core
 from volumed.driver import VolumeSpec
 from volumed.errors import BackendUnavailable
 from volumed.model import SnapshotId, VolumeId, VolumeMode, new_snapshot_id, new_volume_id
@@ -70,3 +74,10 @@ def test_a_backend_that_is_away_hides_no_other(lab: Lab) -> None:
     lab.driver("two").fail("list", BackendUnavailable("is away"))
     orphan(lab)
     assert {finding.kind for finding in lab.core.doctor.examine()} == {"orphan-volume", "backend-unavailable"}
+
+
+def test_the_metrics_learn_of_orphans_by_themselves(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "FIRST_SWEEP", 0.01)
+    orphan(lab)
+    lab.core.start()
+    wait_until(lambda: b'volumed_findings{kind="orphan-volume"} 1.0' in lab.core.metrics.render())

@@ -235,7 +235,7 @@ def open_backend(
     """A backend of the configuration. `where` tells file and line of a key. Raises ConfigError, DriverLoadError."""
     cls = drivers.get(driver_name).cls
     try:
-        options = read_options(cls.BackendOptions, table, subject=f"{where('driver')}: backend {name}")
+        options = read_options(cls.BackendOptions, table, subject=f"backend {name}", locate=where)
     except InvalidRequest as error:
         raise ConfigError(error.text, subject=error.subject, hint=error.hint) from None
     driver = cls(name, options, host)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 # Our own mounts change the mount table too: looked at together, not one by one.
 SETTLE_TIME = 2.0
-SWEEP_INTERVAL = 3600.0
+FIRST_SWEEP, SWEEP_INTERVAL = 60.0, 3600.0
 # How long the start, or a round of the timer, waits for a backend; what it began goes on.
 PATIENCE = 10.0
 
@@ -217,8 +218,16 @@ class Core:
             wake.clear()
 
     def _sweep(self) -> None:
-        while not self._stop.wait(SWEEP_INTERVAL):
+        """Now and then: old history goes, and the metrics learn what the doctor would find."""
+        pause = FIRST_SWEEP
+        while not self._stop.wait(pause):
+            pause = SWEEP_INTERVAL
             self._guarded("history", lambda: self.bindings.forget_history(older_than=self.settings.history))
+            with context.request():
+                self._guarded("doctor", self._count_findings)
+
+    def _count_findings(self) -> None:
+        self.metrics.findings(Counter(finding.kind for finding in self.doctor.examine()))
 
     @staticmethod
     def _guarded(what: str, job: Callable[[], None]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from pydantic import ValidationError
 
@@ -24,13 +24,23 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"known are: {', '.join(choices)}" if choices else "there are none"
 
 
-def read_options(model: type[Options], values: Mapping[str, object], *, subject: str) -> Options:
-    """An instance of `model`. Raises InvalidRequest for the first value that does not fit."""
+def read_options(
+    model: type[Options],
+    values: Mapping[str, object],
+    *,
+    subject: str,
+    locate: Callable[[str], str] | None = None,
+) -> Options:
+    """An instance of `model`. `locate` tells where a key is written. Raises InvalidRequest for the first value that does
+    not fit; a key that does not exist comes before one that is missing, which it most likely is, misspelt."""
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
+        wrong = error.errors(include_url=False, include_input=False)
+        first = next((each for each in wrong if each["type"] == "extra_forbidden"), wrong[0])
         key = ".".join(str(part) for part in first["loc"])
+        if locate is not None:
+            subject = f"{locate(key)}: {subject}"
         if first["type"] == "extra_forbidden":
             raise InvalidRequest(
                 f"there is no option {key!r}", subject=subject, hint=nearest(key, option_keys(model))

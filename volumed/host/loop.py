@@ -98,15 +98,26 @@ def attached(*, only: str | None = None) -> Iterator[Loop]:
     for entry in os.scandir(_SYS_BLOCK):
         if not entry.name.startswith("loop"):
             continue
-        try:
-            shown = Path(entry.path, "loop/backing_file").read_bytes().rstrip(b"\n").decode("utf-8", "surrogateescape")
-        except OSError:  # not in use, or just freed
-            continue
-        if only is not None and shown != only:
+        shown = _backing_file(entry.path)
+        if shown is None or (only is not None and shown != only):
             continue
         loop = _status(Path("/dev", entry.name), shown.removesuffix(" (deleted)"))
         if loop is not None:
             yield loop
+
+
+def _backing_file(block: str) -> str | None:
+    """As sysfs shows it; None for a device that is free. On the way of every mount, so without ceremony."""
+    try:
+        descriptor = os.open(f"{block}/loop/backing_file", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return os.fsdecode(os.read(descriptor, 8192).rstrip(b"\n"))
+    except OSError:  # freed meanwhile
+        return None
+    finally:
+        os.close(descriptor)
 
 
 def _status(device: Path, backing_file: str) -> Loop | None:
