@@ -31,8 +31,8 @@ def read_options(
     subject: str,
     locate: Callable[[str], str] | None = None,
 ) -> Options:
-    """An instance of `model`. `locate` tells where a key is written. Raises InvalidRequest for the first value that does
-    not fit; a key that does not exist comes before one that is missing, which it most likely is, misspelt."""
+    """An instance of `model`. `locate` tells where a key is written. Raises InvalidRequest for the first value that
+    does not fit; a key that does not exist comes before one that is missing, which it most likely is, misspelt."""
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
