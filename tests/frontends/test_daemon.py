@@ -163,3 +163,16 @@ def test_work_over_a_second_shows_that_it_lives(seconds: float, shown: bool) -> 
     child.wait()
     os.close(reader)
     assert (b"copying data" in said) is shown
+
+
+def test_a_worker_that_hangs_does_not_hold_up_the_end() -> None:
+    script = """
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from volumed.daemon import leave
+ThreadPoolExecutor(1).submit(threading.Event().wait)
+print("leaving")
+leave(3)
+"""
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=20)
+    assert (told.returncode, told.stdout) == (3, "leaving\n")
