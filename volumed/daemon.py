@@ -105,7 +105,7 @@ def _run(settings: Settings, arguments: argparse.Namespace) -> int:
         core.start()
         asyncio.run(_serve(core))
     _log.info("stopped; mounted volumes stay mounted")
-    leave(0)
+    return leave(0)
 
 
 def leave(code: int) -> NoReturn:
