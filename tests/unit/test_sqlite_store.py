@@ -153,7 +153,7 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path) -> None:
 
     target = tmp_path / "small"
     target.mkdir()
-    mounts.mount("tmpfs", target, fstype="tmpfs", options=("size=16m",), readonly=False)
+    mounts.mount("tmpfs", target, fstype="tmpfs", options=("size=32m",), readonly=False)
     try:
         with SqliteStore(target / "ledger.db").closing() as store:
             store.commit(put={"first": b"kept"})
@@ -162,10 +162,12 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path) -> None:
                     filler.write(bytes(65536))
             revision = store.revision()
             with pytest.raises(CapacityExhausted, match="disk of the ledger is full; nothing was changed"):
-                store.commit(put={"second": b"x" * 100_000})
+                store.commit(put={"second": b"x" * 6_000_000})
             assert store.revision() == revision
+            assert store.commit(put={"small": b"fits"}, delete=["none"]) == revision + 1  # its room is reserved
+            store.commit(delete=["small"])
             (target / "filler").unlink()
-            assert store.commit(put={"second": b"x" * 100_000}) == revision + 1
+            assert store.commit(put={"second": b"x" * 6_000_000}) == revision + 3
         with SqliteStore(target / "ledger.db").closing() as store:
             assert [entry.key for entry in store.scan("")] == ["first", "second"]
     finally:
