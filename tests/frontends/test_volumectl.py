@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -66,6 +67,10 @@ def test_snapshots_clones_and_growth(volumed: Volumed) -> None:
     assert volumed.ctl("expand", "disk", "400m").stdout == "disk has 400 MiB\n"
     assert "would put disk back" in volumed.ctl("snapshot", "restore", "-n", "disk", "first").stdout
     assert "disk is as it was in first" in volumed.ctl("snapshot", "restore", "-y", "disk", "first").stdout
+    # The snapshot's file system was smaller than the volume is now.
+    path = volumed.plugin("Mount", Name="disk", ID="x").body["Mountpoint"]
+    assert os.statvfs(path).f_blocks * os.statvfs(path).f_frsize > 320 << 20
+    assert volumed.plugin("Unmount", Name="disk", ID="x").error == ""
     assert "would remove snapshot first" in volumed.ctl("snapshot", "rm", "-n", "disk", "first").stdout
     volumed.ctl("snapshot", "rm", "-y", "disk", "first")
     assert volumed.ctl("snapshot", "ls", "disk").stderr == "disk has no snapshots\n"

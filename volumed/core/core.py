@@ -100,6 +100,7 @@ class Core:
             mounts=self.mounts,
             locks=locks,
             journal=self.journal,
+            provision=provision,
             events=self.events,
         )
         self.bindings = Bindings(

@@ -21,9 +21,8 @@ from volumed.core.backends import Backend, Backends
 from volumed.core.events import Events
 from volumed.core.locks import KeyedLocks
 from volumed.core.presence import handle_of
-from volumed.core.provision import Provision
-from volumed.driver import SupportsSnapshots
-from volumed.errors import NotSupported, VolumedError
+from volumed.core.provision import Provision, snapshot_driver
+from volumed.errors import VolumedError
 from volumed.model import Operation, OperationKind, Snapshot, SnapshotId, Volume, VolumeState, now
 from volumed.store.repository import Repository
 from volumed.testing import crash
@@ -216,9 +215,9 @@ class Journal:
 
     def _finish_restore(self, operation: Operation, volume: Volume, backend: Backend) -> None:
         snapshot = self._snapshot(operation)
-        if snapshot is not None and snapshot.handle is not None:
+        if snapshot is not None:
             self._provision.withdraw(volume, backend)
-            snapshot_driver(backend).restore(handle_of(volume), snapshot.handle)
+            self._provision.restore(volume, backend, snapshot)
         with self._repository.transaction() as transaction:
             transaction.put(msgspec.structs.replace(volume, state=VolumeState.READY))
             transaction.delete(operation)
@@ -227,10 +226,3 @@ class Journal:
         if operation.snapshot_id is None:
             return None
         return self._repository.snapshot(operation.volume_id, operation.snapshot_id)
-
-
-def snapshot_driver(backend: Backend) -> SupportsSnapshots:
-    """Raises NotSupported when the backend's driver has no snapshots at all."""
-    if not isinstance(backend.driver, SupportsSnapshots):
-        raise NotSupported(f"driver {backend.driver_name} has no snapshots", subject=f"backend {backend.name}")
-    return backend.driver

@@ -130,6 +130,21 @@ class Provision:
                     self._presence.remove(volume, driver)
         return msgspec.structs.replace(volume, size=actual)
 
+    def restore(self, volume: Volume, backend: Backend, snapshot: Snapshot) -> None:
+        """Put the storage back to the snapshot. A volume that has grown since keeps its size, and so must its file
+        system, which in the snapshot is smaller."""
+        if snapshot.handle is None:
+            raise IntegrityError("the ledger knows no storage of this snapshot", subject=f"snapshot {snapshot.name}")
+        snapshot_driver(backend).restore(handle_of(volume), snapshot.handle)
+        crash.point("snapshot-restore.restored")
+        driver = backend.driver
+        if isinstance(driver, BlockDriver) and volume.filesystem and snapshot.size != volume.size:
+            path = self._presence.establish(volume, driver)
+            try:
+                filesystems.get(volume.filesystem).grow(self._presence.host, driver.map(handle_of(volume)), path)
+            finally:
+                self._presence.remove(volume, driver)
+
     def used(self, volume: Volume, backend: Backend) -> int | None:
         """Bytes on storage. Raises IntegrityError when the storage has lost the volume."""
         try:
@@ -138,3 +153,10 @@ class Provision:
             raise IntegrityError(
                 f"its storage is gone: {error.text}", subject=f"volume {volume.name}", hint="run `volumectl doctor`"
             ) from None
+
+
+def snapshot_driver(backend: Backend) -> SupportsSnapshots:
+    """Raises NotSupported when the backend's driver has no snapshots at all."""
+    if not isinstance(backend.driver, SupportsSnapshots):
+        raise NotSupported(f"driver {backend.driver_name} has no snapshots", subject=f"backend {backend.name}")
+    return backend.driver

@@ -6,12 +6,13 @@ import msgspec
 
 from volumed.core.backends import Backend, Backends
 from volumed.core.events import Events
-from volumed.core.journal import Journal, snapshot_driver
+from volumed.core.journal import Journal
 from volumed.core.locks import KeyedLocks
 from volumed.core.mounts import Mounts
 from volumed.core.names import check_name
 from volumed.core.options import nearest
 from volumed.core.presence import handle_of
+from volumed.core.provision import Provision, snapshot_driver
 from volumed.core.volumes import Volumes
 from volumed.driver import Capability
 from volumed.errors import AlreadyExists, NotFound
@@ -30,6 +31,7 @@ class Snapshots:
         mounts: Mounts,
         locks: KeyedLocks,
         journal: Journal,
+        provision: Provision,
         events: Events,
     ) -> None:
         self._repository = repository
@@ -38,6 +40,7 @@ class Snapshots:
         self._mounts = mounts
         self._locks = locks
         self._journal = journal
+        self._provision = provision
         self._events = events
 
     def list(self, reference: str | None = None) -> list[Snapshot]:
@@ -151,8 +154,7 @@ class Snapshots:
                         transaction.put(volume)
                         transaction.put(operation)
                     crash.point("snapshot-restore.recorded")
-                    snapshot_driver(backend).restore(handle_of(volume), current.handle)
-                    crash.point("snapshot-restore.restored")
+                    self._provision.restore(volume, backend, current)
                     volume = msgspec.structs.replace(volume, state=VolumeState.READY)
                     with self._repository.transaction() as transaction:
                         transaction.put(volume)
