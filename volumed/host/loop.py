@@ -34,6 +34,9 @@ _RESERVED = bytes(64)
 # with sectors of 512 cannot be mounted from then on.
 BLOCK_SIZE = 4096
 
+# Where a file's device was last: a machine may have hundreds, and most questions are about one that was just asked for.
+_seen: dict[tuple[int, int], Path] = {}
+
 _SYS_BLOCK = Path("/sys/block")
 _CONTROL = Path("/dev/loop-control")
 
@@ -70,6 +73,8 @@ def _configure(descriptor: int, backing_file: Path, *, direct_io: bool, readonly
                     f"no loop device could be set up: {os.strerror(error.errno or 0)}", subject=str(backing_file)
                 ) from None
             continue
+        status = os.fstat(descriptor)
+        _seen[status.st_dev, status.st_ino] = device
         return device
 
 
@@ -90,7 +95,17 @@ def find(backing_file: Path) -> Path | None:
     except FileNotFoundError:
         return None
     wanted = (status.st_dev, status.st_ino)
-    return next((loop.device for loop in attached(only=str(backing_file)) if loop.backing_inode == wanted), None)
+    remembered = _seen.get(wanted)
+    if remembered is not None:  # most likely there still; the kernel is asked in any case
+        loop = _status(remembered, str(backing_file))
+        if loop is not None and loop.backing_inode == wanted:
+            return remembered
+    for loop in attached(only=str(backing_file)):
+        if loop.backing_inode == wanted:
+            _seen[wanted] = loop.device
+            return loop.device
+    _seen.pop(wanted, None)
+    return None
 
 
 def attached(*, only: str | None = None) -> Iterator[Loop]:
@@ -152,6 +167,8 @@ def detach(device: Path) -> None:
             return
         if error.errno != errno.EBUSY:
             raise HostError(f"cannot be freed: {os.strerror(error.errno or 0)}", subject=str(device)) from None
+    for inode in [inode for inode, known in list(_seen.items()) if known == device]:
+        _seen.pop(inode, None)
     ends = time.monotonic() + 0.5  # udev opens a device for a moment when it changes
     while Path(_SYS_BLOCK, device.name, "loop/backing_file").exists():
         if time.monotonic() > ends:
