@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import MakeFilesystem, wait_until
+from tests.conftest import MakeFilesystem, sh, wait_until
 from volumed import context
 from volumed.errors import CommandFailed, DeadlineExceeded, HostError, InUse, MountFailed
 from volumed.host import freeze, loop, mounts
@@ -75,9 +75,7 @@ def test_flags_of_a_bind_mount(tmp_path: Path, host: LinuxHost) -> None:
 
 
 def test_a_change_of_the_table_is_heard(tmp_path: Path, host: LinuxHost) -> None:
-    while host.wait_for_mount_change(0):
-        pass
-    assert not host.wait_for_mount_change(0.05)
+    wait_until(lambda: not host.wait_for_mount_change(0.05))  # others mount on this machine, too
     target = tmp_path / "target"
     target.mkdir()
     host.bind(tmp_path, target)
@@ -135,7 +133,27 @@ def test_a_frozen_file_system_takes_no_write_until_it_is_thawed(make_filesystem:
         time.sleep(0.3)
         assert writer.poll() is None
     assert writer.wait(10) == 0
-    assert freeze.thaw(target) is False
+
+
+def test_a_block_that_fails_thaws_as_well(make_filesystem: MakeFilesystem) -> None:
+    target = make_filesystem("xfs")
+    with pytest.raises(ZeroDivisionError), freeze.frozen(target, timeout=20):
+        raise ZeroDivisionError
+    assert write(target / "file").wait(10) == 0
+
+
+def test_what_somebody_else_froze_stays_frozen(make_filesystem: MakeFilesystem) -> None:
+    target = make_filesystem("xfs")
+    sh("fsfreeze", "--freeze", target)
+    try:
+        with pytest.raises(HostError, match="cannot be frozen"), freeze.frozen(target, timeout=20):
+            pass
+        writer = write(target / "file")
+        time.sleep(0.3)
+        assert writer.poll() is None
+    finally:
+        sh("fsfreeze", "--unfreeze", target)
+    assert writer.wait(10) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.unit.conftest import Lab
+from volumed.core import bindings
 
 
 def look(lab: Lab, times: int = 2) -> None:
@@ -126,6 +127,19 @@ def test_a_running_container_without_its_mount_is_told_once_and_loudly(
     lab.core.reconciler.run()
     look(lab)
     assert lab.core.bindings.missing_mounts() == set()
+
+
+def test_of_a_volume_in_constant_use_the_latest_history_is_kept(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bindings, "HISTORY_KEPT", 3)
+    busy, quiet = lab.create("busy"), lab.create("quiet")
+    for number in range(5):
+        lab.mount(busy, f"id-{number}")
+        lab.unmount(busy, f"id-{number}")
+    lab.mount(quiet)
+    lab.unmount(quiet)
+    lab.core.bindings.forget_history(older_than=60)
+    assert [ended.mount_id for ended in lab.core.bindings.history(busy.id)] == ["id-4", "id-3", "id-2"]
+    assert len(lab.core.bindings.history(quiet.id)) == 1
 
 
 def test_history_is_forgotten_in_time(lab: Lab) -> None:

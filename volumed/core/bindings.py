@@ -11,6 +11,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from datetime import timedelta
 
 import msgspec
 
@@ -23,6 +24,8 @@ from volumed.model import Binding, Engine, HistoricBinding, Volume, VolumeId, Vo
 from volumed.store.repository import Repository
 
 _log = logging.getLogger(__name__)
+
+HISTORY_KEPT = 1000  # ended bindings of one volume
 
 
 class _Sightings:
@@ -88,13 +91,8 @@ class Bindings:
         return sorted(self._repository.history(volume_id), key=lambda ended: ended.until, reverse=True)[:limit]
 
     def forget_history(self, *, older_than: float) -> None:
-        """Delete what ended more than so many seconds ago."""
-        limit = now().timestamp() - older_than
-        stale = [ended for ended in self._repository.history() if ended.until.timestamp() < limit]
-        for start in range(0, len(stale), 100):
-            with self._repository.transaction() as transaction:
-                for ended in stale[start : start + 100]:
-                    transaction.delete(ended)
+        """Delete what ended more than so many seconds ago, and of a volume that is used all the time the oldest."""
+        self._repository.forget_history(before=now() - timedelta(seconds=older_than), keep=HISTORY_KEPT)
 
     # Keeping true
     def reconcile(self, source: ConsumerSource) -> None:

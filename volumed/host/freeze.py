@@ -35,12 +35,16 @@ def frozen(mountpoint: Path, *, timeout: float) -> Iterator[None]:
     descriptor = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _libc.syncfs(descriptor)  # most is written before anybody has to wait
-        with _guard(mountpoint, timeout):
+        with _guard(mountpoint, timeout) as guard:
             _freeze(descriptor, mountpoint)
             try:
-                yield
-            finally:
-                still = _thaw(descriptor, mountpoint)
+                try:
+                    yield
+                finally:
+                    still = _thaw(descriptor, mountpoint)
+            except BaseException:
+                guard.communicate()  # it thaws, in case that is what went wrong
+                raise
             if not still:
                 raise HostError(
                     f"could not be held still for long enough ({timeout:g} s)", subject=f"mount {mountpoint}"
@@ -49,17 +53,8 @@ def frozen(mountpoint: Path, *, timeout: float) -> Iterator[None]:
         os.close(descriptor)
 
 
-def thaw(mountpoint: Path) -> bool:
-    """Whether it was frozen. For what a crash left."""
-    descriptor = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        return _thaw(descriptor, mountpoint)
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
-def _guard(mountpoint: Path, timeout: float) -> Iterator[None]:
+def _guard(mountpoint: Path, timeout: float) -> Iterator[subprocess.Popen[bytes]]:
     guard = subprocess.Popen(
         ["bash", "-c", _GUARD, "volumed-thaw", str(mountpoint), str(int(timeout) + 1)],
         stdin=subprocess.PIPE,
@@ -69,9 +64,9 @@ def _guard(mountpoint: Path, timeout: float) -> Iterator[None]:
         start_new_session=True,
     )
     try:
-        yield
+        yield guard
     finally:
-        guard.kill()  # thawed already: there is nothing left to guard
+        guard.kill()  # there is nothing left to guard
         guard.communicate()
 
 

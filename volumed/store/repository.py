@@ -15,7 +15,9 @@ What people name is quoted in keys, so a name with a slash stays one segment.
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
@@ -193,6 +195,25 @@ class Repository:
     def history(self, volume_id: VolumeId | None = None) -> list[HistoricBinding]:
         """Oldest first, per volume."""
         return self._scan(HistoricBinding, f"history/{volume_id}/" if volume_id else "history/")
+
+    def forget_history(self, *, before: datetime, keep: int) -> None:
+        """Delete the bindings that ended before then, and of each volume all but the latest `keep`. By the keys alone,
+        a page at a time: there may be millions."""
+        limit, stale = before.isoformat(), list[str]()
+        volume, kept = "", deque[str]()
+        after = ""
+        while keys := self.store.keys("history/", after=after, limit=1000):
+            after = keys[-1]
+            for key in keys:
+                _, volume_id, until, _ = key.split("/", 3)
+                if volume_id != volume:
+                    volume, kept = volume_id, deque()
+                kept.append(key)
+                if until < limit or len(kept) > keep:
+                    stale.append(kept.popleft())
+            for start in range(0, len(stale), 100):
+                self.store.commit(delete=stale[start : start + 100])
+            stale.clear()
 
     def _scan(self, kind: type[R], prefix: str, *, after: str = "", limit: int | None = None) -> list[R]:
         return list(_decoded(kind, self.store.scan(prefix, after=after, limit=limit)))
