@@ -255,6 +255,9 @@ def test_a_growth_that_cannot_be_had_changes_nothing(docker: Docker, plugin: str
         (("from=nothing",), "there is no such volume"),
         (("mount-options=bogus", "size=64m"), "bogus"),
         (("mkfs-options=--bogus", "size=64m"), "mkfs.ext4 refused"),
+        (("mkfs-options=/dev/null", "size=64m"), "could name a device"),
+        (("mkfs-options=-d /etc", "size=64m"), "could name a device"),
+        (("mount-options=journal_path=/dev/null", "size=64m"), "could name a device"),
         (("preallocate=perhaps", "size=64m"), "preallocate"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 
 from tests.unit.conftest import Lab
 from volumed import context
+from volumed.core.names import check_words
 from volumed.driver import Capability
 from volumed.errors import (
     AlreadyExists,
@@ -87,6 +88,33 @@ def test_what_cannot_be_had_leaves_nothing(
     with pytest.raises(error, match=told):
         lab.create(**fields)
     lab.assert_nothing_left()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("/dev/sda",),
+        ("-d", "/etc"),
+        ("sda",),
+        ("-L", "x", "sda"),
+        ("UUID=1234",),
+        ("-L", "LABEL=root"),
+        ("-J", "device=UUID=1"),
+        ("-E", "a\0b"),
+    ],
+)
+def test_options_that_could_name_another_device(words: tuple[str, ...]) -> None:
+    with pytest.raises(InvalidRequest, match="could name a device"):
+        check_words(words, what="mkfs-options")
+
+
+def test_options_that_name_none() -> None:
+    check_words(
+        ("-L", "my-label", "-N", "4096", "-E", "lazy_itable_init=0,stride=4", "-O^has_journal"), what="mkfs-options"
+    )
+    check_words(("noatime", "data=journal", "compress=zstd:3"), what="mount-options")
+    with pytest.raises(InvalidRequest, match="could name a device"):
+        check_words(("device=/dev/sdb",), what="mount-options")
 
 
 def test_a_storage_that_refuses_leaves_nothing(lab: Lab) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from volumed.errors import InvalidRequest
 
@@ -31,4 +32,19 @@ def check_labels(labels: dict[str, str]) -> None:
         if not key or len(key) > MAX_LABEL or len(value) > MAX_LABEL:
             raise InvalidRequest(
                 f"label {key[:40]!r}: a key is not empty, and neither it nor its value over {MAX_LABEL}"
+            )
+
+
+_DEVICE_TAG = re.compile(r"(PART)?(UUID|LABEL)=", re.IGNORECASE)
+
+
+def check_words(words: Sequence[str], *, what: str) -> None:
+    """Options for mkfs or mount that may say how, never where: a path, or a tag that blkid would turn into one, could
+    name another device, and `mkfs.ext4 /dev/sda DEVICE` formats the first. Raises InvalidRequest."""
+    for number, word in enumerate(words):
+        value = word.startswith("-") or (number > 0 and words[number - 1].startswith("-")) or what == "mount-options"
+        if "/" in word or "\0" in word or _DEVICE_TAG.search(word) or not value:
+            raise InvalidRequest(
+                f"option {what!r}: {word[:60]!r} cannot be used, as it could name a device or a file",
+                hint="give options and their values alone",
             )

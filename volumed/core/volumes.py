@@ -11,7 +11,7 @@ from volumed.core.events import Events
 from volumed.core.journal import Journal
 from volumed.core.locks import KeyedLocks
 from volumed.core.mounts import Mounts
-from volumed.core.names import check_labels, check_name
+from volumed.core.names import check_labels, check_name, check_words
 from volumed.core.options import nearest, option_keys, read_options
 from volumed.core.placement import DEFAULT_FILESYSTEM, DEFAULT_SIZE, choose_backend
 from volumed.core.provision import Origin, Provision
@@ -209,6 +209,8 @@ class Volumes:
     def _plan(self, request: CreateVolume, backend: Backend, origin: Origin | None) -> Volume:
         """The record of the volume to be made, everything in it checked."""
         read_options(backend.driver.VolumeOptions, request.options, subject=f"backend {backend.name}")
+        check_words(request.mkfs_options, what="mkfs-options")
+        check_words(request.mount_options, what="mount-options")
         block = isinstance(backend.driver, BlockDriver)
         size, filesystem = request.size, request.filesystem
         if origin is not None:
