@@ -18,16 +18,19 @@ from volumed.driver import (
     BlockDriver,
     Capability,
     CreatedVolume,
-    Driver,
+    SupportsCapacity,
     SupportsClone,
     SupportsExpand,
     SupportsSnapshots,
     VolumeSpec,
 )
-from volumed.errors import IntegrityError, InvalidRequest, NotFound, NotSupported, OutOfRange
+from volumed.errors import CapacityExhausted, IntegrityError, InvalidRequest, NotFound, NotSupported, OutOfRange
 from volumed.host import filesystems
 from volumed.model import Ownership, Snapshot, Volume, VolumeMode, VolumeState
 from volumed.testing import crash
+
+# Bytes: less than any file system needs.
+NEARLY_NOTHING = 1 << 20
 
 
 class Origin(NamedTuple):
@@ -67,16 +70,17 @@ class Provision:
         crash.point("create.stored")
         ready = msgspec.structs.replace(volume, handle=made.handle, size=made.size, state=VolumeState.READY)
         if volume.mode is VolumeMode.FILESYSTEM:
-            self._prepare(ready, driver, copied=origin is not None)
+            self._prepare(ready, backend, copied=origin is not None)
         return ready
 
-    def _prepare(self, volume: Volume, driver: Driver, *, copied: bool) -> None:
+    def _prepare(self, volume: Volume, backend: Backend, *, copied: bool) -> None:
+        driver = backend.driver
         try:
             if isinstance(driver, BlockDriver):
                 if copied:
                     self._presence.renew(volume, driver)
                 else:
-                    self._presence.format(volume, driver)
+                    self._format(volume, backend, driver)
                     self._presence.initialise_root(volume, driver)
             if volume.ownership != Ownership():
                 self._presence.initialise_root(volume, driver)
@@ -84,6 +88,19 @@ class Provision:
         finally:
             if isinstance(driver, BlockDriver) or volume.ownership != Ownership():
                 self._presence.remove(volume, driver)
+
+    def _format(self, volume: Volume, backend: Backend, driver: BlockDriver) -> None:
+        """On storage that is full a sparse device fails with an I/O error, and mkfs knows nothing better to say."""
+        try:
+            self._presence.format(volume, driver)
+        except InvalidRequest:
+            if isinstance(driver, SupportsCapacity) and driver.capacity().available < NEARLY_NOTHING:
+                raise CapacityExhausted(
+                    "is full: there is no room for a file system",
+                    subject=f"backend {backend.name}",
+                    hint="free some space",
+                ) from None
+            raise
 
     def _copy(self, spec: VolumeSpec, backend: Backend, origin: Origin) -> CreatedVolume:
         driver = backend.driver
