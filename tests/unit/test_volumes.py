@@ -16,6 +16,7 @@ from volumed.errors import (
     BackendError,
     BackendUnavailable,
     CapacityExhausted,
+    HostError,
     InUse,
     InvalidRequest,
     NotFound,
@@ -295,6 +296,21 @@ def test_a_growth_that_was_refused_leaves_nothing_behind(sized: Lab) -> None:
         sized.core.volumes.expand("data", 20)
     assert sized.core.doctor.examine() == []
     assert sized.core.volumes.get("data").size == 10
+
+
+def test_files_under_a_mount_point_keep_the_volume_until_somebody_looked(lab: Lab) -> None:
+    """Written while it was not mounted, by a process that did not notice: data, too."""
+    volume = lab.create()
+    point = lab.core.mounts.presence.path(volume.id)
+    point.mkdir()
+    (point / "stray").write_text("somebody's")
+    with pytest.raises(HostError, match="mount point cannot be removed: Directory not empty.*look at what lies in it"):
+        lab.core.volumes.remove("data")
+    assert lab.storages["one"].volumes
+    assert (point / "stray").read_text() == "somebody's"
+    (point / "stray").unlink()
+    lab.core.volumes.remove("data")
+    lab.assert_nothing_left()
 
 
 def test_snapshots(lab: Lab) -> None:

@@ -158,9 +158,18 @@ class Presence:
             driver.unmap(volume.handle)
 
     def forget(self, volume_id: VolumeId) -> None:
-        """The mount point of a volume that goes for good."""
-        with contextlib.suppress(FileNotFoundError):
+        """The mount point of a volume that goes for good. Raises HostError when it holds files: somebody wrote them
+        while the volume was not mounted, and only a person can say whose they are."""
+        try:
             self.path(volume_id).rmdir()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise HostError(
+                f"its empty mount point cannot be removed: {error.strerror}",
+                subject=str(self.path(volume_id)),
+                hint="look at what lies in it, move that away, and try again",
+            ) from None
 
     def format(self, volume: Volume, driver: BlockDriver) -> None:
         """A new file system on a new volume, and the root of its tree as it was asked for."""

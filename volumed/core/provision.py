@@ -122,9 +122,10 @@ class Provision:
         handle = volume.handle or backend.driver.find(volume.id)
         if handle is not None:
             self._presence.remove(msgspec.structs.replace(volume, handle=handle), backend.driver)
-            crash.point("delete.absent")
-            backend.driver.delete(handle)
         self._presence.forget(volume.id)
+        crash.point("delete.absent")
+        if handle is not None:
+            backend.driver.delete(handle)
 
     def withdraw(self, volume: Volume, backend: Backend) -> None:
         """Take the volume from this node. Raises InUse."""
