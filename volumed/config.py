@@ -15,6 +15,25 @@ import msgspec
 from volumed.errors import ConfigError, InvalidRequest
 from volumed.units import parse_duration
 
+DEFAULT_TARGET_ROOTS = tuple(
+    map(
+        Path,
+        (
+            "/var/lib/kubelet",  # Kubernetes, k3s
+            "/var/lib/k0s/kubelet",
+            "/var/snap/microk8s/common/var/lib/kubelet",
+            "/local/csi",  # Nomad, inside its plugin's task
+            "/opt/nomad",
+            "/var/lib/nomad",
+            "/data",  # Swarm, inside its managed plugin
+            "/var/lib/mesos",
+        ),
+    )
+)
+MAX_VOLUMES = 10_000  # far beyond what a node can bear
+ROLES = ("all", "controller", "node")
+# CSI: a domain name's form; Kubernetes: 63 characters at most
+_DRIVER_NAME = re.compile(r"[a-zA-Z0-9]([a-zA-Z0-9.-]{0,61}[a-zA-Z0-9])?")
 _BACKEND_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
@@ -27,6 +46,25 @@ class DockerSettings(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", 
 class AdminSettings(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
     socket: Path = Path("/run/volumed/admin.sock")
     group: str = ""
+
+
+class CsiSettings(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
+    enabled: bool = False
+    socket: Path = Path("/run/volumed/csi/csi.sock")
+    group: str = ""
+    driver_name: str = "volumed.csi"
+    role: str = "all"
+    # One controller beside each node, for this node's storage alone: growing is then left to the nodes.
+    node_deployment: bool = False
+    # Below these, and nowhere else, an orchestrator may ask for a volume.
+    target_roots: tuple[Path, ...] = DEFAULT_TARGET_ROOTS
+    max_volumes: int = 0  # per node; 0: the orchestrator decides
+
+
+class KubeletSettings(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
+    registration: bool = False  # make ourselves known to kubelet, with no sidecar
+    registry: Path = Path("/var/lib/kubelet/plugins_registry")
+    endpoint: str = ""  # the CSI socket as kubelet sees it; empty: as we do
 
 
 class LogSettings(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
@@ -72,6 +110,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid
     operation_timeout: float = 100.0  # below Docker's patience of 120 s for Create and Mount
     docker: DockerSettings = DockerSettings()
     admin: AdminSettings = AdminSettings()
+    csi: CsiSettings = CsiSettings()
+    kubelet: KubeletSettings = KubeletSettings()
+    topology: dict[str, str] = {}  # where this node is: zone = "a"
     log: LogSettings = LogSettings()
     engines: EngineSettings = EngineSettings()
     backends: dict[str, BackendSettings] = {}
@@ -102,6 +143,7 @@ def default_settings(root: Path | None = None) -> Settings:
         node=socket.gethostname(),
         default_backends=("local", "sized"),
         admin=AdminSettings(socket=run / "admin.sock"),
+        csi=CsiSettings(socket=run / "csi" / "csi.sock", target_roots=(root,) if root else DEFAULT_TARGET_ROOTS),
         docker=DockerSettings(socket=run / "docker.sock", enabled=root is None) if root else DockerSettings(),
         backends={
             "local": BackendSettings(driver="directory", options={"path": str(state / "volumes")}),
@@ -217,9 +259,18 @@ class _Reader:
         for path, value, allowed in (
             (("log", "level"), settings.log.level, _LEVELS),
             (("log", "format"), settings.log.format, _FORMATS),
+            (("csi", "role"), settings.csi.role, ROLES),
         ):
             if value not in allowed:
                 raise self._wrong(path, f"{value!r} is not possible", f"choose {', '.join(allowed)}")
+        if not _DRIVER_NAME.fullmatch(settings.csi.driver_name):
+            raise self._wrong(
+                ("csi", "driver-name"),
+                f"{settings.csi.driver_name!r} is no driver name",
+                "use the form of a domain name",
+            )
+        if not 0 <= settings.csi.max_volumes <= MAX_VOLUMES:
+            raise self._wrong(("csi", "max-volumes"), f"must be a number from 0 to {MAX_VOLUMES}", "")
 
     def _wrong(self, path: tuple[str, ...], text: str, hint: str) -> ConfigError:
         settings = Settings(source=self._source, lines=self._lines)

@@ -68,6 +68,12 @@ class InUse(VolumedError):
         self.holders = tuple(holders)
 
 
+class PreconditionFailed(VolumedError):
+    """Something else must come first: staging before publishing, a mode that allows it."""
+
+    code = "precondition_failed"
+
+
 class OperationPending(VolumedError):
     """Another change to the same volume is running, or this one goes on past the caller's deadline."""
 

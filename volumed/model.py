@@ -7,24 +7,36 @@ two writers of one record notice each other (`volumed.store.repository`).
 from __future__ import annotations
 
 import enum
+import secrets
+import time
 from datetime import UTC, datetime
 from typing import NewType
-from uuid import uuid4
 
 import msgspec
 
 VolumeId = NewType("VolumeId", str)
 SnapshotId = NewType("SnapshotId", str)
+GroupSnapshotId = NewType("GroupSnapshotId", str)
 # How a driver finds a volume or a snapshot on its storage: made by the driver, parsed by nobody else.
 Handle = NewType("Handle", str)
 
 
 def new_volume_id() -> VolumeId:
-    return VolumeId(f"v{uuid4().hex}")
+    return VolumeId(f"v{_new_id()}")
 
 
 def new_snapshot_id() -> SnapshotId:
-    return SnapshotId(f"s{uuid4().hex}")
+    return SnapshotId(f"s{_new_id()}")
+
+
+def new_group_snapshot_id() -> GroupSnapshotId:
+    return GroupSnapshotId(f"g{_new_id()}")
+
+
+def _new_id() -> str:
+    """32 hexadecimal digits, milliseconds first: later ones sort last, so that whoever pages through a list while it
+    grows comes to the new ones too."""
+    return f"{time.time_ns() // 1_000_000:012x}{secrets.token_hex(10)}"
 
 
 def now() -> datetime:
@@ -47,6 +59,37 @@ class VolumeState(enum.StrEnum):
     READY = "ready"
     RESTORING = "restoring"  # being put back to a snapshot: neither state can be trusted until it is done
     DELETING = "deleting"
+
+
+class AccessMode(enum.StrEnum):
+    """By how many a volume may be used at once; CSI's words."""
+
+    SINGLE_NODE_WRITER = "single-node-writer"
+    SINGLE_NODE_READER_ONLY = "single-node-reader-only"
+    MULTI_NODE_READER_ONLY = "multi-node-reader-only"
+    MULTI_NODE_SINGLE_WRITER = "multi-node-single-writer"
+    MULTI_NODE_MULTI_WRITER = "multi-node-multi-writer"
+    SINGLE_NODE_SINGLE_WRITER = "single-node-single-writer"  # one consumer alone
+    SINGLE_NODE_MULTI_WRITER = "single-node-multi-writer"
+
+    @property
+    def single_node(self) -> bool:
+        return self.value.startswith("single-node")
+
+    @property
+    def reader_only(self) -> bool:
+        return self.value.endswith("reader-only")
+
+
+class Claim(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An orchestrator's request, as it was made: the same one again must find what it made, another one must not."""
+
+    name: str  # of any text; the volume or snapshot is called so too, where that is a name of ours
+    parameters: dict[str, str] = {}
+    required: int = 0  # bytes
+    limit: int = 0
+    filesystem: str = ""
+    source: str = ""  # id of a volume or a snapshot
 
 
 class Ownership(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -73,6 +116,8 @@ class Volume(Record, frozen=True, kw_only=True, omit_defaults=True):
     options: dict[str, str] = {}  # the driver's own, as they were given
     labels: dict[str, str] = {}
     source: str = ""  # what it was cloned or restored from, as it was asked for
+    claim: Claim | None = None  # of the orchestrator that had it made
+    ephemeral: bool = False  # lives as long as the one publication it was made for
 
 
 class SnapshotState(enum.StrEnum):
@@ -89,22 +134,58 @@ class Snapshot(Record, frozen=True, kw_only=True, omit_defaults=True):
     created: datetime
     handle: Handle | None = None
     size: int | None = None  # of a volume made from it
+    claim: Claim | None = None
+    group_id: GroupSnapshotId | None = None  # taken at one instant with others
+
+
+class GroupSnapshot(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """Snapshots of several volumes, taken at one instant."""
+
+    id: GroupSnapshotId
+    name: str
+    created: datetime
+    members: tuple[tuple[VolumeId, SnapshotId], ...]
+
+
+class Node(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """A host that runs volumed. `topology`: where it is, as `volumed.csi/node` and the configuration say."""
+
+    name: str
+    topology: dict[str, str] = {}
+
+
+class Attachment(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """An orchestrator's word that a volume is meant for a node, before anything happens there."""
+
+    volume_id: VolumeId
+    node: str
+    access: AccessMode
+    since: datetime
+    readonly: bool = False
+    block: bool = False
 
 
 class Engine(enum.StrEnum):
     DOCKER = "docker"
     PODMAN = "podman"
+    KUBERNETES = "kubernetes"
+    NOMAD = "nomad"
+    SWARM = "swarm"
+    MESOS = "mesos"
+    CSI = "csi"  # an orchestrator that does not show which it is
 
 
 class Consumer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A container that uses a volume, and where in it."""
+    """A container, pod, allocation or task that uses a volume, and where."""
 
     id: str
     name: str = ""
     image: str = ""
     pid: int = 0
-    target: str = ""  # path inside the container
+    target: str = ""  # path inside the container; of a pod, allocation or task: on the host
     readonly: bool = False
+    kind: str = "container"
+    details: dict[str, str] = {}  # what else its engine said: a pod's service account
 
 
 class Binding(Record, frozen=True, kw_only=True, omit_defaults=True):
@@ -112,6 +193,9 @@ class Binding(Record, frozen=True, kw_only=True, omit_defaults=True):
 
     `mount_id` is the engine's own name of the hold; `count` says how often it was taken (docker cp takes a running
     container's again). An engine with one id for everybody (Podman) has several consumers behind one binding.
+
+    An orchestrator names the path where it wants the volume: that path is the hold's name. It stages a volume on a
+    node first, which holds the mount and is nobody's use of it, and then publishes it to each consumer.
     """
 
     volume_id: VolumeId
@@ -121,6 +205,13 @@ class Binding(Record, frozen=True, kw_only=True, omit_defaults=True):
     since: datetime
     count: int = 1
     consumers: tuple[Consumer, ...] = ()
+    path: str = ""  # where volumed put the volume for the orchestrator; empty: the engine uses the mount itself
+    staging: bool = False
+    access: AccessMode | None = None  # None: any number of this node's containers
+    readonly: bool = False
+    block: bool = False
+    mount_options: tuple[str, ...] = ()
+    group: int | None = None  # that must be able to write everything in the tree
 
 
 class HistoricBinding(Record, frozen=True, kw_only=True, omit_defaults=True):
@@ -144,6 +235,7 @@ class OperationKind(enum.StrEnum):
     SNAPSHOT_CREATE = "snapshot-create"
     SNAPSHOT_DELETE = "snapshot-delete"
     SNAPSHOT_RESTORE = "snapshot-restore"
+    MODIFY = "modify"
 
 
 class Operation(Record, frozen=True, kw_only=True, omit_defaults=True):
@@ -156,4 +248,5 @@ class Operation(Record, frozen=True, kw_only=True, omit_defaults=True):
     started: datetime
     snapshot_id: SnapshotId | None = None
     size: int | None = None  # target of an expand
+    options: dict[str, str] = {}  # target of a modification
     error: str = ""  # why recovery set it aside; it is tried again on the timer

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -30,7 +30,8 @@ from volumed.driver import (
     SupportsCapacity,
     SupportsClone,
     SupportsExpand,
-    SupportsSnapshots,
+    SupportsGroupSnapshots,
+    SupportsModify,
     VolumeSpec,
 )
 from volumed.errors import BackendUnavailable, CommandFailed, MountFailed, NotFound, OutOfRange
@@ -48,8 +49,18 @@ class BtrfsOptions(Options):
     path: Path = Field(description="Folder on a btrfs that holds the subvolumes; made if it is missing")
 
 
-class BtrfsDriver(FilesystemDriver, SupportsExpand, SupportsSnapshots, SupportsClone, SupportsCapacity):
+class BtrfsVolumeOptions(Options):
+    compression: Literal["zlib", "lzo", "zstd", "none"] | None = Field(
+        default=None, description="How new data is compressed; default: as the file system is mounted"
+    )
+
+
+class BtrfsDriver(
+    FilesystemDriver, SupportsExpand, SupportsGroupSnapshots, SupportsModify, SupportsClone, SupportsCapacity
+):
     BackendOptions = BtrfsOptions
+    VolumeOptions = BtrfsVolumeOptions
+    mutable: ClassVar[frozenset[str]] = frozenset({"compression"})
     capabilities: ClassVar[frozenset[Capability]] = frozenset(
         {Capability.SIZE, Capability.SNAPSHOT_LIVE, Capability.CLONE_LIVE}
     )
@@ -80,8 +91,17 @@ class BtrfsDriver(FilesystemDriver, SupportsExpand, SupportsSnapshots, SupportsC
             self._btrfs("subvolume", "create", subvolume)
             crash.point("btrfs.create.made")
         self._bound(subvolume, spec.size)
+        self._compress(subvolume, spec.options)
         self._sync()
         return CreatedVolume(Handle(spec.id), spec.size)
+
+    def _compress(self, subvolume: Path, options: Options) -> None:
+        if isinstance(options, BtrfsVolumeOptions) and options.compression is not None:
+            self._btrfs("property", "set", subvolume, "compression", options.compression)
+
+    def modify(self, handle: Handle, options: Options) -> None:
+        self._compress(self._present(handle), options)
+        self._sync()
 
     def _check_size(self, spec: VolumeSpec) -> None:
         if spec.size is not None and spec.size < MINIMUM_SIZE:
@@ -211,6 +231,7 @@ class BtrfsDriver(FilesystemDriver, SupportsExpand, SupportsSnapshots, SupportsC
             self._btrfs("subvolume", "snapshot", self._present(source), target)
             crash.point("btrfs.clone.made")
         self._bound(target, spec.size)
+        self._compress(target, spec.options)
         self._sync()
         return CreatedVolume(Handle(spec.id), spec.size)
 

@@ -46,16 +46,25 @@ REMOVE_TIMEOUT = 580.0
 
 class DirectoryOptions(Options):
     path: Path = Field(description="Folder that holds the volumes; made if it is missing")
+    advisory_size: bool = Field(
+        default=False,
+        description="Take a size where none can be enforced: it is kept and shown, and bounds nothing",
+    )
+    shared: bool = Field(
+        default=False, description="Every node mounts this storage at the same path, so volumes are not bound to one"
+    )
 
 
 class DirectoryDriver(FilesystemDriver, SupportsExpand, SupportsCapacity):
     BackendOptions = DirectoryOptions
-    capabilities: ClassVar[frozenset[Capability]] = frozenset({Capability.SIZE})
+    capabilities: ClassVar[frozenset[Capability]] = frozenset({Capability.SIZE, Capability.MULTI_NODE})
 
     def __init__(self, backend: str, options: Options, host: Host) -> None:
         super().__init__(backend, options, host)
         assert isinstance(options, DirectoryOptions)
         self._path = options.path
+        self._advisory = options.advisory_size
+        self._shared = options.shared
         self._quota = False
         self._projects = threading.Lock()  # a number must not be taken twice between looking and taking
 
@@ -63,16 +72,19 @@ class DirectoryDriver(FilesystemDriver, SupportsExpand, SupportsCapacity):
         make_folder(self._path, mode=0o711, backend=self.backend)
         self._quota = self.host.project_quota_supported(self._path)
         lacking: dict[Capability, str] = {}
-        if not self._quota:
+        if not self._shared:
+            lacking[Capability.MULTI_NODE] = f"{self._path} belongs to this node alone (shared = true says otherwise)"
+        if not self._quota and not self._advisory:
             reason = (
                 f"no size can be enforced on {self._path}: it needs XFS mounted with prjquota; "
-                "leave the size out, or use a backend of driver image or btrfs"
+                "leave the size out, use a backend of driver image or btrfs, or set advisory-size"
             )
-            lacking = {Capability.SIZE: reason, Capability.EXPAND: reason}
-        return Probe(lacking=lacking, facts={"path": str(self._path), "project quota": "yes" if self._quota else "no"})
+            lacking |= {Capability.SIZE: reason, Capability.EXPAND: reason}
+        sizes = "enforced" if self._quota else "advisory" if self._advisory else "refused"
+        return Probe(lacking=lacking, facts={"path": str(self._path), "sizes": sizes})
 
     def create(self, spec: VolumeSpec) -> CreatedVolume:
-        if spec.size is not None and not self._quota:
+        if spec.size is not None and not self._quota and not self._advisory:
             raise NotSupported(
                 "a size cannot be enforced here",
                 subject=f"backend {self.backend}",
@@ -86,7 +98,7 @@ class DirectoryDriver(FilesystemDriver, SupportsExpand, SupportsCapacity):
             data = new / "data"
             data.mkdir(exist_ok=True)
             data.chmod(0o755)  # whatever the umask says: users of a container must get in
-            if spec.size is not None:
+            if spec.size is not None and self._quota:
                 self._bound(new, spec.size)
             crash.point("directory.create.data")
             # Whole from one instant on; and as the last change is the parent's, one sync of it covers all before.
@@ -176,6 +188,8 @@ class DirectoryDriver(FilesystemDriver, SupportsExpand, SupportsCapacity):
     def expand(self, handle: Handle, size: int) -> int:
         folder = self._path / handle
         project = self._project(folder)
+        if project is None and self._advisory:
+            return size
         if project is None:
             raise NotSupported("was made without a size", subject=f"backend {self.backend}")
         there = self.host.project_limit(folder, project=project)

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -25,16 +26,19 @@ from volumed.driver import (
     Capability,
     Capacity,
     CreatedVolume,
+    Extent,
     Facts,
+    FileExtent,
     Found,
     FoundSnapshot,
     Host,
     Options,
     Probe,
     SupportsCapacity,
+    SupportsChangedBlocks,
     SupportsClone,
     SupportsExpand,
-    SupportsSnapshots,
+    SupportsGroupSnapshots,
     VolumeSpec,
 )
 from volumed.errors import BackendError, BackendUnavailable, CapacityExhausted, NotFound, NotSupported, OutOfRange
@@ -47,6 +51,7 @@ _SNAPSHOT = re.compile(r"(s[0-9a-f]{32})\.snap(\.new)?")
 ALIGNMENT = 4096  # loop devices with direct I/O count in the sectors below them
 MAX_SIZE = 2**63 - ALIGNMENT  # loff_t; the file system may draw the line earlier, and says so
 COPY_TIMEOUT = 580.0
+COMPARED = 1 << 16  # bytes told as changed at once where files are compared by reading them
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TOO_LARGE = (errno.EFBIG, errno.EINVAL, errno.EOVERFLOW)
 
@@ -61,7 +66,9 @@ class ImageVolumeOptions(Options):
     preallocate: bool | None = Field(default=None, description="Reserve the space now; default: the backend's")
 
 
-class ImageDriver(BlockDriver, SupportsExpand, SupportsSnapshots, SupportsClone, SupportsCapacity):
+class ImageDriver(
+    BlockDriver, SupportsExpand, SupportsGroupSnapshots, SupportsChangedBlocks, SupportsClone, SupportsCapacity
+):
     BackendOptions = ImageOptions
     VolumeOptions = ImageVolumeOptions
     capabilities: ClassVar[frozenset[Capability]] = frozenset(
@@ -157,8 +164,10 @@ class ImageDriver(BlockDriver, SupportsExpand, SupportsSnapshots, SupportsClone,
         self._remove(self._image(handle))
 
     def _remove(self, image: Path) -> None:
+        """Gone for good, also after a power cut: else the ledger would have forgotten what comes back."""
         for path in (image, _new(image)):
             path.unlink(missing_ok=True)
+        sync_folder(self._path)
 
     def inspect(self, handle: Handle) -> Facts:
         try:
@@ -236,6 +245,23 @@ class ImageDriver(BlockDriver, SupportsExpand, SupportsSnapshots, SupportsClone,
         size = image.stat().st_size
         self._copy(self._snapshot(snapshot), image, over=True, size=size)
 
+    def allocated(self, snapshot: Handle) -> Iterable[Extent]:
+        image = self._present(self._snapshot(snapshot))
+        with image.open("rb") as opened:
+            yield from _data(opened.fileno())
+
+    def changed(self, base: Handle, target: Handle) -> Iterable[Extent]:
+        """By where their data lies: what two files share is the same. Copies share nothing, and are read."""
+        before, after = self._present(self._snapshot(base)), self._present(self._snapshot(target))
+        if self._reflink:
+            return differing_extents(self.host.extents(before), self.host.extents(after))
+        return _differing_bytes(before, after)
+
+    def _present(self, image: Path) -> Path:
+        if not image.exists():
+            raise NotFound(f"{image} is gone", subject=f"backend {self.backend}")
+        return image
+
     def create_from_snapshot(self, snapshot: Handle, spec: VolumeSpec) -> CreatedVolume:
         return self._create_copy(self._snapshot(snapshot), spec)
 
@@ -294,3 +320,74 @@ class ImageDriver(BlockDriver, SupportsExpand, SupportsSnapshots, SupportsClone,
 
 def _new(path: Path) -> Path:
     return path.with_name(path.name + ".new")
+
+
+def _data(descriptor: int) -> Iterator[Extent]:
+    """What is not a hole (lseek(2))."""
+    end, offset = os.fstat(descriptor).st_size, 0
+    while offset < end:
+        try:
+            start = os.lseek(descriptor, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole is left
+                return
+            raise
+        offset = os.lseek(descriptor, start, os.SEEK_HOLE)
+        yield Extent(start, offset - start)
+
+
+def differing_extents(before: Sequence[FileExtent], after: Sequence[FileExtent]) -> Iterator[Extent]:
+    """Runs that do not lie at the same place on disk in both files."""
+    bounds = sorted({edge for extent in (*before, *after) for edge in (extent.offset, extent.offset + extent.length)})
+    old, new = _Cursor(before), _Cursor(after)
+    run: Extent | None = None
+    for start, end in itertools.pairwise(bounds):
+        if old.at(start) == new.at(start):
+            continue
+        if run is not None and run.offset + run.length == start:
+            run = Extent(run.offset, end - run.offset)
+            continue
+        if run is not None:
+            yield run
+        run = Extent(start, end - start)
+    if run is not None:
+        yield run
+
+
+class _Cursor:
+    """Looks a file's extents up by ever higher offsets."""
+
+    def __init__(self, extents: Sequence[FileExtent]) -> None:
+        self._extents = extents
+        self._next = 0
+
+    def at(self, offset: int) -> object:
+        """Equal for two files only where they surely hold the same: a hole, or the same place."""
+        while self._next < len(self._extents) and _end(self._extents[self._next]) <= offset:
+            self._next += 1
+        extent = self._extents[self._next] if self._next < len(self._extents) else None
+        if extent is None or extent.offset > offset:
+            return None
+        if extent.place is None:
+            return object()
+        return extent.place - extent.offset, extent.written
+
+
+def _end(extent: FileExtent) -> int:
+    return extent.offset + extent.length
+
+
+def _differing_bytes(before: Path, after: Path) -> Iterator[Extent]:
+    """By what they hold, where either holds anything."""
+    with before.open("rb") as old, after.open("rb") as new:
+        blocks = {
+            block
+            for opened in (old, new)
+            for extent in _data(opened.fileno())
+            for block in range(extent.offset // COMPARED, -(-(extent.offset + extent.length) // COMPARED))
+        }
+        for block in sorted(blocks):
+            was = os.pread(old.fileno(), COMPARED, block * COMPARED)
+            now = os.pread(new.fileno(), COMPARED, block * COMPARED)
+            if was.ljust(len(now), b"\0") != now:
+                yield Extent(block * COMPARED, len(now))

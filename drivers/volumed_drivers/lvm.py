@@ -29,7 +29,7 @@ from volumed.driver import (
     SupportsCapacity,
     SupportsClone,
     SupportsExpand,
-    SupportsSnapshots,
+    SupportsGroupSnapshots,
     VolumeSpec,
 )
 from volumed.errors import BackendUnavailable, CapacityExhausted, CommandFailed, InUse, NotFound, OutOfRange
@@ -56,7 +56,7 @@ class _Volume(NamedTuple):
     active: bool
 
 
-class LvmDriver(BlockDriver, SupportsExpand, SupportsSnapshots, SupportsClone, SupportsCapacity):
+class LvmDriver(BlockDriver, SupportsExpand, SupportsGroupSnapshots, SupportsClone, SupportsCapacity):
     BackendOptions = LvmOptions
     capabilities: ClassVar[frozenset[Capability]] = frozenset(
         {Capability.SIZE, Capability.SNAPSHOT_LIVE, Capability.CLONE_LIVE}

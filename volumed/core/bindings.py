@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 HISTORY_KEPT = 1000  # ended bindings of one volume
 
 
-class _Sightings:
+class Sightings:
     """What one engine's looks showed, and since when without a break. Engine and ledger change one after the other, so
     that a look between the two must not be believed: only what lasts is acted on."""
 
@@ -64,7 +64,7 @@ class Bindings:
         self._locks = locks
         self._events = events
         self._grace = grace
-        self._sightings: dict[Engine, _Sightings] = defaultdict(lambda: _Sightings(grace))
+        self._sightings: dict[Engine, Sightings] = defaultdict(lambda: Sightings(grace))
         self._missing: dict[Engine, set[tuple[str, str]]] = {}
 
     # Asking
@@ -127,7 +127,7 @@ class Bindings:
         self._alarm(source.engine, missing)
         seen.end_look()
 
-    def _match(self, bindings: list[Binding], holds: list[Hold], seen: _Sightings) -> None:
+    def _match(self, bindings: list[Binding], holds: list[Hold], seen: Sightings) -> None:
         for binding in bindings:
             running = [hold for hold in _holders_of(binding, holds) if hold.running]
             if running:
@@ -165,7 +165,7 @@ class Bindings:
         self._events.publish("binding.vanished", name, f"{binding.engine} container {who} is gone", who=who)
 
     def _adopt(
-        self, volume: Volume, engine: Engine, bindings: list[Binding], holds: list[Hold], seen: _Sightings
+        self, volume: Volume, engine: Engine, bindings: list[Binding], holds: list[Hold], seen: Sightings
     ) -> None:
         """A container runs on the volume and the ledger does not know: an older ledger was put back, most likely."""
         if volume.state is not VolumeState.READY:
@@ -187,7 +187,7 @@ class Bindings:
                 "binding.adopted", volume.name, f"{engine} container {hold.consumer.name} was using it unrecorded"
             )
 
-    def _without_mount(self, volume: Volume, holds: list[Hold], seen: _Sightings) -> set[tuple[str, str]]:
+    def _without_mount(self, volume: Volume, holds: list[Hold], seen: Sightings) -> set[tuple[str, str]]:
         if self._mounts.path(volume.id) is not None:
             return set()
         running = {(volume.name, hold.consumer.name) for hold in holds if hold.running}

@@ -12,20 +12,24 @@ from pathlib import Path
 
 from volumed import context
 from volumed.config import Settings
+from volumed.core.attachments import Attachments
 from volumed.core.backends import Backend, Backends, open_backend
 from volumed.core.bindings import Bindings
 from volumed.core.consumers.source import ConsumerSource
 from volumed.core.doctor import Doctor
 from volumed.core.drivers import DriverRegistry
 from volumed.core.events import Events
+from volumed.core.groups import GroupSnapshots
 from volumed.core.journal import Journal
 from volumed.core.locks import KeyedLocks
 from volumed.core.metrics import Metrics
 from volumed.core.mounts import Mounts
 from volumed.core.presence import Presence
 from volumed.core.provision import Provision
+from volumed.core.publications import Publications
 from volumed.core.reconcile import Reconciler
 from volumed.core.snapshots import Snapshots
+from volumed.core.targets import Targets
 from volumed.core.usage import Usage
 from volumed.core.volumes import Volumes
 from volumed.driver import Host
@@ -103,6 +107,33 @@ class Core:
             provision=provision,
             events=self.events,
         )
+        self.groups = GroupSnapshots(
+            repository=self.repository,
+            backends=self.backends,
+            snapshots=self.snapshots,
+            mounts=self.mounts,
+            locks=locks,
+            journal=self.journal,
+            events=self.events,
+        )
+        self.attachments = Attachments(
+            node=self.node,
+            topology=settings.topology,
+            repository=self.repository,
+            backends=self.backends,
+            locks=locks,
+        )
+        self.publications = Publications(
+            node=self.node,
+            repository=self.repository,
+            backends=self.backends,
+            volumes=self.volumes,
+            mounts=self.mounts,
+            targets=Targets(host, settings.csi.target_roots),
+            locks=locks,
+            events=self.events,
+            grace=settings.consumer_grace,
+        )
         self.bindings = Bindings(
             node=self.node,
             repository=self.repository,
@@ -143,8 +174,10 @@ class Core:
         is bound is mounted again. A backend that hangs is left behind after a few seconds."""
         self._each_backend(lambda backend: backend.probe(), patience=5.0)
         self.journal.recover()
+        self.attachments.register()
         with context.request(timeout=PATIENCE):
             self.reconciler.run()
+            self.publications.reconcile()
 
     def start(self) -> None:
         """Begin to watch the machine and the engines."""
@@ -203,6 +236,8 @@ class Core:
                 self._guarded("reconciling", partial(self.reconciler.run, thorough=thorough))
             if thorough:
                 self._guarded("recovery", self.journal.recover)
+                with context.request(timeout=PATIENCE):
+                    self._guarded("publications", self.publications.reconcile)
                 self._guarded("usage", self.usage.refresh_mounted)
                 self._each_backend(lambda backend: backend.probe(), patience=PATIENCE)
                 due = time.monotonic() + self.settings.reconcile_interval

@@ -16,7 +16,7 @@ from volumed.core.backends import Backend, Backends
 from volumed.core.bindings import Bindings
 from volumed.core.journal import Journal
 from volumed.core.locks import KeyedLocks
-from volumed.core.presence import Presence
+from volumed.core.presence import Presence, remove_mount_point
 from volumed.core.reconcile import TABLE, Action, Desired, Reconciler
 from volumed.driver import Driver, Found, FoundSnapshot, SupportsSnapshots
 from volumed.errors import VolumedError
@@ -155,7 +155,7 @@ class Doctor:
 
             def fix(path: Path = path) -> None:
                 self._presence.host.unmount(path)
-                path.rmdir()
+                remove_mount_point(path)
 
             finding = Finding(
                 id=f"stranger:{path.name}", kind="orphan-mount", subject=str(path), text=text, action=action

@@ -31,6 +31,7 @@ _log = logging.getLogger(__name__)
 
 # How long the start waits for a backend's rows; the rest is finished in the background.
 RECOVERY_PATIENCE = 5.0
+_SERVING_THE_FUTURE = (OperationKind.EXPAND, OperationKind.SNAPSHOT_RESTORE, OperationKind.MODIFY)
 
 
 class Journal:
@@ -60,6 +61,7 @@ class Journal:
             OperationKind.SNAPSHOT_CREATE: self._undo_snapshot,
             OperationKind.SNAPSHOT_DELETE: self._finish_snapshot_delete,
             OperationKind.SNAPSHOT_RESTORE: self._finish_restore,
+            OperationKind.MODIFY: self._undo_modify,
         }
 
     @contextlib.contextmanager
@@ -70,6 +72,7 @@ class Journal:
         *,
         size: int | None = None,
         snapshot_id: SnapshotId | None = None,
+        options: dict[str, str] | None = None,
     ) -> Iterator[Operation]:
         """A row for what the block does. The block puts it with its first transaction and deletes it with its last;
         when the block fails in between, the kind's rule is applied at once. The caller holds the volume's lock."""
@@ -83,6 +86,7 @@ class Journal:
             started=now(),
             size=size,
             snapshot_id=snapshot_id,
+            options=options or {},
         )
         begun = time.monotonic()
         outcome = "failed"
@@ -139,7 +143,7 @@ class Journal:
         """As `settle`, but what only serves a volume's future is superseded by its removal: a growth or a restore that
         cannot be finished must not keep it for ever."""
         operation = self._repository.operation(volume.id)
-        if operation is not None and operation.kind in (OperationKind.EXPAND, OperationKind.SNAPSHOT_RESTORE):
+        if operation is not None and operation.kind in _SERVING_THE_FUTURE:
             return self._repository.volume(volume.id)
         return self.settle(volume)
 
@@ -220,6 +224,12 @@ class Journal:
             self._provision.restore(volume, backend, snapshot)
         with self._repository.transaction() as transaction:
             transaction.put(msgspec.structs.replace(volume, state=VolumeState.READY))
+            transaction.delete(operation)
+
+    def _undo_modify(self, operation: Operation, volume: Volume, backend: Backend) -> None:
+        """The storage as the ledger still says: nobody was told of anything else."""
+        self._provision.modify(volume, backend)
+        with self._repository.transaction() as transaction:
             transaction.delete(operation)
 
     def _snapshot(self, operation: Operation) -> Snapshot | None:

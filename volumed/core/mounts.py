@@ -7,20 +7,31 @@ what should be mounted, and after a crash at any instant `volumed.core.reconcile
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 
+from volumed.core.access import conflicts, use_of
 from volumed.core.backends import Backend, Backends, Pending
 from volumed.core.events import Events
 from volumed.core.locks import KeyedLocks
 from volumed.core.presence import Presence
 from volumed.driver import BlockDriver, Capability
-from volumed.errors import InUse, NotFound, OperationPending, VolumedError
+from volumed.errors import InUse, MountFailed, NotFound, OperationPending, VolumedError
 from volumed.host.freeze import frozen
-from volumed.model import Binding, Consumer, Engine, HistoricBinding, Volume, VolumeId, VolumeState, now
+from volumed.model import (
+    Binding,
+    Consumer,
+    Engine,
+    HistoricBinding,
+    Volume,
+    VolumeId,
+    VolumeMode,
+    VolumeState,
+    now,
+)
 from volumed.store.repository import Repository
 from volumed.testing import crash
 
@@ -79,7 +90,13 @@ class Mounts:
         self, volume_id: VolumeId, backend: Backend, *, engine: Engine, mount_id: str, consumer: Consumer | None
     ) -> Path:
         with self._locks.hold(volume_id):
-            volume = self._usable(volume_id)
+            volume = self.usable(volume_id)
+            if volume.mode is VolumeMode.BLOCK:
+                raise MountFailed(
+                    "is a raw block volume and has no tree to mount",
+                    subject=f"volume {volume.name}",
+                    hint="use it through an engine that takes block volumes",
+                )
             held = self._repository.binding(volume_id, node=self.node, engine=engine, mount_id=mount_id)
             if held is None:
                 consumers = (consumer,) if consumer else ()
@@ -93,18 +110,39 @@ class Mounts:
                 )
             else:
                 taken = msgspec.structs.replace(held, count=held.count + 1)
+            return self.take(volume, backend, taken, held)
+
+    def take(self, volume: Volume, backend: Backend, binding: Binding, held: Binding | None = None) -> Path:
+        """Write the binding, in the place of `held`, and mount the volume; both or neither. The caller holds the
+        volume's lock. Raises InUse when an access mode forbids it, and what mounting raises."""
+        bound = self._repository.bindings(volume.id)
+        if not binding.staging:
+            self._check_access(volume, binding, bound)
+        with self._repository.transaction() as transaction:
+            transaction.put(binding)
+        crash.point("mount.bound")
+        try:
+            return self.presence.establish(volume, backend.driver, options=wanted_options([*bound, binding]))
+        except BaseException:
             with self._repository.transaction() as transaction:
-                transaction.put(taken)
-            crash.point("mount.bound")
-            try:
-                return self.presence.establish(volume, backend.driver)
-            except BaseException:
-                with self._repository.transaction() as transaction:
-                    if held is None:
-                        transaction.delete(taken)
-                    else:
-                        transaction.put(msgspec.structs.replace(taken, count=held.count))
-                raise
+                if held is None:
+                    transaction.delete(binding)
+                else:
+                    transaction.put(msgspec.structs.replace(held, revision=binding.revision))
+            raise
+
+    def _check_access(self, volume: Volume, binding: Binding, bound: Iterable[Binding]) -> None:
+        others = {use_of(other): other for other in bound if not other.staging}
+        refused = conflicts(use_of(binding), others)
+        if not refused:
+            return
+        modes = {str(use.mode) for use in (use_of(binding), *refused) if use.mode is not None}
+        raise InUse(
+            f"cannot be used so ({', '.join(sorted(modes))}) beside",
+            holders=[line for use in refused for line in describe_each(others[use])],
+            subject=f"volume {volume.name}",
+            hint="stop them first, or use it in a mode that allows both",
+        )
 
     def release(self, volume: Volume, *, engine: Engine, mount_id: str) -> None:
         """`begin_release`, waited for."""
@@ -126,7 +164,7 @@ class Mounts:
                 with self._repository.transaction() as transaction:
                     transaction.put(msgspec.structs.replace(held, count=held.count - 1))
                 return
-            self._end(held, backend, reason=reason)
+            self.end(held, backend, reason=reason)
 
     def drop(self, binding: Binding, *, reason: str) -> None:
         """End a binding whatever its count: its consumer is gone."""
@@ -143,15 +181,17 @@ class Mounts:
                     volume.id, node=binding.node, engine=binding.engine, mount_id=binding.mount_id
                 )
                 if held is not None:
-                    self._end(held, backend, reason=reason)
+                    self.end(held, backend, reason=reason)
 
         backend.call(job)
 
-    def _end(self, binding: Binding, backend: Backend, *, reason: str) -> None:
+    def end(self, binding: Binding, backend: Backend, *, reason: str) -> None:
+        """The binding becomes history, and the last one unmounts. The caller holds the volume's lock."""
         volume = self._repository.volume(binding.volume_id)
         with self._repository.transaction() as transaction:
             transaction.delete(binding)
-            transaction.put(_ended(binding, volume, reason=reason))
+            if not binding.staging:
+                transaction.put(_ended(binding, volume, reason=reason))
         crash.point("unmount.unbound")
         if volume is not None:
             self.settle(volume, backend)
@@ -194,21 +234,23 @@ class Mounts:
             raise InUse(
                 "is in use by", holders=holders, subject=f"volume {volume.name}", hint=f"stop them first: {reason}"
             )
-        if isinstance(backend.driver, BlockDriver) and self.presence.is_mounted(volume, backend.driver):
+        if self.can_freeze(volume, backend) and self.presence.is_mounted(volume, backend.driver):
             with frozen(self.presence.path(volume.id), timeout=FREEZE_TIMEOUT):
                 yield
         else:
             yield
 
+    @staticmethod
+    def can_freeze(volume: Volume, backend: Backend) -> bool:
+        """Whether the volume has a file system of its own; a copy of anything else is made in one step."""
+        return isinstance(backend.driver, BlockDriver) and volume.mode is VolumeMode.FILESYSTEM
+
     def holders(self, volume: Volume) -> list[str]:
         """Each hold of the volume, on any node, for people."""
-        return [
-            describe(binding, consumer)
-            for binding in self._repository.bindings(volume.id)
-            for consumer in binding.consumers or (None,)
-        ]
+        return [line for binding in self._repository.bindings(volume.id) for line in describe_each(binding)]
 
-    def _usable(self, volume_id: VolumeId) -> Volume:
+    def usable(self, volume_id: VolumeId) -> Volume:
+        """The volume, if it is ready. Raises NotFound, OperationPending."""
         volume = self._repository.volume(volume_id)
         if volume is None:
             raise NotFound("was removed a moment ago", subject=f"volume {volume_id}")
@@ -217,14 +259,26 @@ class Mounts:
         return volume
 
 
+def wanted_options(bindings: Iterable[Binding]) -> list[str]:
+    """The mount options that the holds of a volume ask for, each once."""
+    return list(dict.fromkeys(option for binding in bindings for option in binding.mount_options))
+
+
+def describe_each(binding: Binding) -> list[str]:
+    """A line for each consumer of a hold, or one for the hold."""
+    return [describe(binding, consumer) for consumer in binding.consumers or (None,)]
+
+
 def describe(binding: Binding, consumer: Consumer | None) -> str:
-    """`docker container web-1 (pid 4121) at /data`, or what is known of it."""
+    """`docker container web-1 (pid 4121) at /data`, `kubernetes pod shop/db-0`, or what is known of it."""
     where = f" on node {binding.node}" if binding.node else ""
+    if binding.staging:
+        return f"{binding.engine}, which has it staged at {binding.path}{where}"
     if consumer is None:
         return f"{binding.engine} by mount id {binding.mount_id[:12]}{where}"
     pid = f" (pid {consumer.pid})" if consumer.pid else ""
     target = f" at {consumer.target}" if consumer.target else ""
-    return f"{binding.engine} container {consumer.name or consumer.id[:12]}{pid}{target}{where}"
+    return f"{binding.engine} {consumer.kind} {consumer.name or consumer.id[:12]}{pid}{target}{where}"
 
 
 def _ended(binding: Binding, volume: Volume | None, *, reason: str) -> HistoricBinding:

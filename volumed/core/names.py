@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ from volumed.errors import InvalidRequest
 # Docker's own rule for volume names, bounded as its plugin protocol and file names are.
 MAX_NAME = 255
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
+MAX_CLAIM = 128  # bytes (CSI specification, "Size Limits")
 MAX_LABELS = 64
 MAX_LABEL = 4096
 
@@ -23,6 +25,16 @@ def check_name(name: str, *, what: str = "volume") -> None:
             f"{name!r} is no {what} name",
             hint="use letters of ASCII, digits, `_`, `.` and `-`, and begin with a letter or digit",
         )
+
+
+def name_for_claim(text: str) -> str:
+    """A name of ours for what an orchestrator calls a volume or snapshot: the same, where that is one; else made from
+    it. Raises InvalidRequest for what CSI does not allow as a name."""
+    if not text:
+        raise InvalidRequest("no name is given")
+    if len(text.encode("utf-8", "surrogatepass")) > MAX_CLAIM or any(ord(character) < 32 for character in text):
+        raise InvalidRequest(f"a name has at most {MAX_CLAIM} bytes and no control characters")
+    return text if _NAME.fullmatch(text) else f"csi-{hashlib.sha256(text.encode()).hexdigest()[:40]}"
 
 
 def check_labels(labels: dict[str, str]) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import enum
 import os
 import threading
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 from volumed.driver import BlockDriver, Driver, FilesystemDriver, Host
@@ -75,9 +75,14 @@ class Presence:
         device = driver.mapped(handle)
         if not self.host.is_mountpoint(target):
             return Observed.ABSENT if device is None else Observed.MAPPED
-        if device is None or not self._lies_on(target, device):
+        if device is None or not self._is_of(volume, target, device):
             return Observed.FOREIGN
         return Observed.MOUNTED
+
+    def _is_of(self, volume: Volume, target: Path, device: Path) -> bool:
+        if volume.mode is VolumeMode.BLOCK:
+            return target.stat().st_rdev == device.stat().st_rdev
+        return self._lies_on(target, device)
 
     def _lies_on(self, target: Path, device: Path) -> bool:
         """By the mount table: stat(2) of a btrfs tells a number of its own and not its device's."""
@@ -96,17 +101,22 @@ class Presence:
         """Looked at now, and truly this volume."""
         return self.observe(volume, driver) is Observed.MOUNTED
 
-    def establish(self, volume: Volume, driver: Driver) -> Path:
-        """The volume's path, with the volume at it. Raises MountFailed, BackendError and what the driver raises."""
+    def establish(self, volume: Volume, driver: Driver, *, options: Sequence[str] = ()) -> Path:
+        """The volume's path, with the volume at it: a tree, or the device node of a raw block volume. `options`: for
+        mounting it now, beside its own. Raises MountFailed, BackendError and what the driver raises."""
         target, handle = self.path(volume.id), handle_of(volume)
         if self.host.is_mountpoint(target):
             self._adopt(volume, driver)
             return target
-        target.mkdir(mode=0o700, exist_ok=True)
+        if volume.mode is VolumeMode.BLOCK:
+            target.touch(mode=0o600)
+        else:
+            target.mkdir(mode=0o700, exist_ok=True)
+        every = (*volume.mount_options, *(option for option in options if option not in volume.mount_options))
         if isinstance(driver, FilesystemDriver):
-            driver.mount(handle, target, options=volume.mount_options, readonly=False)
+            driver.mount(handle, target, options=every, readonly=False)
         elif isinstance(driver, BlockDriver):
-            self._mount_device(volume, driver, handle, target)
+            self._mount_device(volume, driver, handle, target, options=every)
         self._remember(volume.id, mounted=True)
         crash.point("mount.mounted")
         return target
@@ -121,20 +131,18 @@ class Presence:
             )
         self._remember(volume.id, mounted=True)
 
-    def _mount_device(self, volume: Volume, driver: BlockDriver, handle: Handle, target: Path) -> None:
-        if volume.mode is VolumeMode.BLOCK or volume.filesystem is None:
-            raise MountFailed(
-                "is a raw block volume and has no tree to mount",
-                subject=f"volume {volume.name}",
-                hint="use it through an engine that takes block volumes",
-            )
+    def _mount_device(
+        self, volume: Volume, driver: BlockDriver, handle: Handle, target: Path, *, options: Sequence[str]
+    ) -> None:
         device = driver.map(handle)
         crash.point("mount.mapped")
         try:
-            kind = filesystems.get(volume.filesystem)
-            kind.check(self.host, device)
-            options = (*kind.mount_options, *volume.mount_options)
-            self.host.mount(device, target, fstype=volume.filesystem, options=options)
+            if volume.filesystem is None:
+                self.host.bind(device, target)
+            else:
+                kind = filesystems.get(volume.filesystem)
+                kind.check(self.host, device)
+                self.host.mount(device, target, fstype=volume.filesystem, options=(*kind.mount_options, *options))
         except BaseException:
             with contextlib.suppress(HostError):
                 driver.unmap(handle)
@@ -160,16 +168,7 @@ class Presence:
     def forget(self, volume_id: VolumeId) -> None:
         """The mount point of a volume that goes for good. Raises HostError when it holds files: somebody wrote them
         while the volume was not mounted, and only a person can say whose they are."""
-        try:
-            self.path(volume_id).rmdir()
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise HostError(
-                f"its empty mount point cannot be removed: {error.strerror}",
-                subject=str(self.path(volume_id)),
-                hint="look at what lies in it, move that away, and try again",
-            ) from None
+        remove_mount_point(self.path(volume_id))
 
     def format(self, volume: Volume, driver: BlockDriver) -> None:
         """A new file system on a new volume, and the root of its tree as it was asked for."""
@@ -196,6 +195,23 @@ class Presence:
         with contextlib.suppress(FileNotFoundError):
             (path / "lost+found").rmdir()
         apply_ownership(path, volume.ownership)
+
+
+def remove_mount_point(path: Path) -> None:
+    """An empty folder, or the empty file under a device node. Raises HostError when it holds anything."""
+    try:
+        if path.is_file() and path.stat().st_size == 0:
+            path.unlink()
+        else:
+            path.rmdir()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise HostError(
+            f"its empty mount point cannot be removed: {error.strerror}",
+            subject=str(path),
+            hint="look at what lies in it, move that away, and try again",
+        ) from None
 
 
 def apply_ownership(path: Path, ownership: Ownership) -> None:

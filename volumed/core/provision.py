@@ -5,6 +5,7 @@ Nothing here knows the ledger. Each step bears being made again after a crash (`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -12,7 +13,7 @@ import msgspec
 from volumed.core.backends import Backend
 from volumed.core.locks import KeyedLocks
 from volumed.core.mounts import Mounts
-from volumed.core.options import read_options
+from volumed.core.options import nearest, read_options
 from volumed.core.presence import Presence, handle_of
 from volumed.driver import (
     BlockDriver,
@@ -21,6 +22,7 @@ from volumed.driver import (
     SupportsCapacity,
     SupportsClone,
     SupportsExpand,
+    SupportsModify,
     SupportsSnapshots,
     VolumeSpec,
 )
@@ -38,6 +40,9 @@ class Origin(NamedTuple):
 
     volume: Volume
     snapshot: Snapshot | None = None
+
+    def __str__(self) -> str:
+        return f"{self.volume.name}@{self.snapshot.name}" if self.snapshot else self.volume.name
 
     def fit(self, *, size: int | None, mode: VolumeMode, filesystem: str) -> tuple[int | None, str]:
         """Size and file system of the new volume. Raises when what was asked for cannot come out of this data."""
@@ -147,6 +152,28 @@ class Provision:
                 if not used_now:
                     self._presence.remove(volume, driver)
         return msgspec.structs.replace(volume, size=actual)
+
+    @staticmethod
+    def check_modification(backend: Backend, volume: Volume, options: Mapping[str, str]) -> None:
+        """Raises InvalidRequest for an option that cannot be changed, naming those that can."""
+        backend.require(Capability.MODIFY)
+        mutable = backend.driver.mutable if isinstance(backend.driver, SupportsModify) else frozenset()
+        subject = f"volume {volume.name}"
+        for key in options:
+            if key not in mutable:
+                raise InvalidRequest(
+                    f"option {key[:60]!r} cannot be changed", subject=subject, hint=nearest(key, mutable)
+                )
+        read_options(backend.driver.VolumeOptions, {**volume.options, **options}, subject=subject)
+
+    def modify(self, volume: Volume, backend: Backend) -> None:
+        """The storage as the volume's options say."""
+        driver = backend.driver
+        if not isinstance(driver, SupportsModify):
+            raise NotSupported("cannot modify volumes", subject=f"backend {backend.name}")
+        driver.modify(
+            handle_of(volume), read_options(driver.VolumeOptions, volume.options, subject=f"volume {volume.name}")
+        )
 
     def restore(self, volume: Volume, backend: Backend, snapshot: Snapshot) -> None:
         """Put the storage back to the snapshot. A volume that has grown since keeps its size, and so must its file

@@ -6,21 +6,22 @@ ledger and the machine agree. The table is complete by test.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import enum
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import partial
 
 from volumed.core.backends import Backend, Backends
 from volumed.core.events import Events
 from volumed.core.locks import KeyedLocks
-from volumed.core.mounts import Mounts
+from volumed.core.mounts import Mounts, wanted_options
 from volumed.core.presence import Observed, Presence
 from volumed.driver import BlockDriver
-from volumed.errors import InUse, OperationPending, VolumedError
-from volumed.model import Volume, VolumeId, VolumeState
+from volumed.errors import HostError, InUse, OperationPending, VolumedError
+from volumed.model import Binding, Volume, VolumeId, VolumeState
 from volumed.store.repository import Repository
 
 _log = logging.getLogger(__name__)
@@ -78,6 +79,8 @@ class Reconciler:
         only at those where ledger and mount table differ at first sight. Errors of one volume stop no other."""
         bound = {binding.volume_id for binding in self._repository.bindings(node=self._node)}
         mounted = self._presence.scan()
+        if thorough:
+            self._tidy(mounted)
         suspects = bound ^ mounted
         if thorough:
             suspects = bound | mounted | self.mapped()
@@ -95,6 +98,17 @@ class Reconciler:
             thread.start()
         for thread in threads:
             thread.join()
+
+    def _tidy(self, mounted: Set[VolumeId]) -> None:
+        """Mount points of volumes that are gone, which a power cut brought back. One that holds anything stays, and is
+        the doctor's to report."""
+        for path in self._presence.mounts_dir.iterdir():
+            volume_id = VolumeId(path.name)
+            if volume_id in mounted or self._repository.volume(volume_id) is not None:
+                continue
+            with contextlib.suppress(OperationPending, HostError), self._locks.hold(volume_id, wait=0.0):
+                if self._repository.volume(volume_id) is None:
+                    self._presence.forget(volume_id)
 
     def mapped(self) -> set[VolumeId]:
         """Volumes whose device is on this node, mounted or not."""
@@ -135,14 +149,14 @@ class Reconciler:
             held = self._repository.bindings(volume_id, node=self._node)
             desired = Desired.BOUND if held else Desired.UNBOUND
             observed = self._presence.observe(volume, backend.driver)
-            self._act(TABLE[desired, observed], volume, backend)
+            self._act(TABLE[desired, observed], volume, backend, held)
 
-    def _act(self, action: Action, volume: Volume, backend: Backend) -> None:
+    def _act(self, action: Action, volume: Volume, backend: Backend, held: Sequence[Binding]) -> None:
         if action is Action.NOTHING:
             return
         self._observe(action)
         if action is Action.MOUNT:
-            self._presence.establish(volume, backend.driver)
+            self._presence.establish(volume, backend.driver, options=wanted_options(held))
             self._events.publish("mount.repaired", volume.name, "is bound and was not mounted: mounted it again")
         elif action is Action.UNMOUNT:
             try:

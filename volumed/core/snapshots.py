@@ -9,14 +9,24 @@ from volumed.core.events import Events
 from volumed.core.journal import Journal
 from volumed.core.locks import KeyedLocks
 from volumed.core.mounts import Mounts
-from volumed.core.names import check_name
+from volumed.core.names import check_name, name_for_claim
 from volumed.core.options import nearest
 from volumed.core.presence import handle_of
 from volumed.core.provision import Provision, snapshot_driver
 from volumed.core.volumes import Volumes
 from volumed.driver import Capability
-from volumed.errors import AlreadyExists, NotFound
-from volumed.model import OperationKind, Snapshot, SnapshotState, Volume, VolumeId, VolumeState, new_snapshot_id, now
+from volumed.errors import AlreadyExists, InUse, NotFound
+from volumed.model import (
+    Claim,
+    OperationKind,
+    Snapshot,
+    SnapshotState,
+    Volume,
+    VolumeId,
+    VolumeState,
+    new_snapshot_id,
+    now,
+)
 from volumed.store.repository import Repository
 from volumed.testing import crash
 
@@ -66,13 +76,36 @@ class Snapshots:
         volume = self._volumes.get(reference)
         name = name or f"{now():%Y%m%d-%H%M%S}"
         check_name(name, what="snapshot")
+        return self._begin(volume, name, None)
+
+    def create_claimed(self, volume: Volume, claim: str) -> Snapshot:
+        """A snapshot by the name that an orchestrator gave it, unique over all volumes; the same again returns it.
+
+        Raises AlreadyExists when the name belongs to a snapshot of another volume.
+        """
+        name = name_for_claim(claim)
+        there = self._claimed(volume, claim)
+        return there or self._begin(volume, name, Claim(name=claim))
+
+    def _claimed(self, volume: Volume, claim: str) -> Snapshot | None:
+        there = self._repository.snapshot_by_claim(claim)
+        if there is None or there.state is not SnapshotState.READY:
+            return None
+        if there.volume_id != volume.id:
+            raise AlreadyExists(f"{claim!r} is a snapshot of another volume", subject=f"volume {volume.name}")
+        return there
+
+    def _begin(self, volume: Volume, name: str, claim: Claim | None) -> Snapshot:
         backend = self._backends.get(volume.backend)
         backend.require(Capability.SNAPSHOT)
-        return backend.call(lambda: self._create(volume.id, name, backend))
+        return backend.call(lambda: self._create(volume.id, name, claim, backend))
 
-    def _create(self, volume_id: VolumeId, name: str, backend: Backend) -> Snapshot:
+    def _create(self, volume_id: VolumeId, name: str, claim: Claim | None, backend: Backend) -> Snapshot:
         with self._locks.hold(volume_id):
             volume = self._settled(volume_id)
+            there = self._claimed(volume, claim.name) if claim else None
+            if there is not None:
+                return there
             if self._repository.snapshot_by_name(volume.id, name) is not None:
                 raise AlreadyExists(f"has a snapshot {name!r} already", subject=f"volume {volume.name}")
             snapshot = Snapshot(
@@ -82,6 +115,7 @@ class Snapshots:
                 state=SnapshotState.CREATING,
                 created=now(),
                 size=volume.size,
+                claim=claim,
             )
             with self._journal.recorded(OperationKind.SNAPSHOT_CREATE, volume, snapshot_id=snapshot.id) as operation:
                 with self._repository.transaction() as transaction:
@@ -102,11 +136,29 @@ class Snapshots:
 
     def remove(self, reference: str, name: str) -> None:
         """Raises NotFound."""
-        snapshot = self.get(reference, name)
-        volume = self._volumes.get(reference)
+        self.remove_one(self.get(reference, name))
+
+    def remove_one(self, snapshot: Snapshot) -> None:
+        """Raises InUse for one of a group: its others would be worth less without it."""
+        if snapshot.group_id is not None:
+            raise InUse(
+                "was taken with others, and goes with them",
+                holders=[f"group snapshot {snapshot.group_id}"],
+                subject=f"snapshot {snapshot.name}",
+                hint="remove the group",
+            )
+        self.destroy(snapshot)
+
+    def destroy(self, snapshot: Snapshot) -> None:
+        """Whatever it belongs to; gone already is success."""
+        volume = self._repository.volume(snapshot.volume_id)
+        if volume is None:
+            return
         backend = self._backends.get(volume.backend)
         backend.call(lambda: self._remove(volume.id, snapshot, backend))
-        self._events.publish("snapshot.removed", volume.name, f"snapshot {name} removed", snapshot=name)
+        self._events.publish(
+            "snapshot.removed", volume.name, f"snapshot {snapshot.name} removed", snapshot=snapshot.name
+        )
 
     def _remove(self, volume_id: VolumeId, snapshot: Snapshot, backend: Backend) -> None:
         with self._locks.hold(volume_id):

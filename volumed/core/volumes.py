@@ -19,6 +19,7 @@ from volumed.driver import BlockDriver, Capability, SupportsExpand
 from volumed.errors import AlreadyExists, InUse, InvalidRequest, NotFound, NotSupported, OutOfRange
 from volumed.host import filesystems
 from volumed.model import (
+    Claim,
     OperationKind,
     Ownership,
     SnapshotState,
@@ -47,6 +48,8 @@ class CreateVolume(msgspec.Struct, frozen=True, kw_only=True):
     source: str = ""  # `volume` to clone it, `volume@snapshot` for a snapshot's data
     labels: dict[str, str] = {}
     options: dict[str, str] = {}  # the driver's own
+    claim: Claim | None = None  # of an orchestrator: then `source` is left out and read from it
+    ephemeral: bool = False
 
 
 class Removal(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,6 +119,8 @@ class Volumes:
         if existing is not None and existing.state is VolumeState.READY:
             return self._same(existing, request)
         origin = self._origin(request)
+        if request.claim is not None and origin is not None:
+            request = msgspec.structs.replace(request, source=str(origin))
         backend = self._place(request, origin)
         planned = self._plan(request, backend, origin)
         return backend.call(lambda: self._create(request, planned, backend, origin))
@@ -135,6 +140,8 @@ class Volumes:
                     transaction.put(operation)
                 crash.point("create.reserved")
                 volume = self._provision.make(volume, backend, origin)
+                if request.claim is not None:
+                    _check_limit(volume, request.claim)
                 crash.point("create.made")
                 with self._repository.transaction() as transaction:
                     transaction.put(volume)
@@ -145,6 +152,9 @@ class Volumes:
 
     def _same(self, volume: Volume, request: CreateVolume) -> Volume:
         """Raises AlreadyExists, naming what differs between the volume and the request."""
+        if request.claim is not None:
+            _check_claim(volume, request, request.claim)
+            return volume
         wanted: dict[str, tuple[object, object]] = {
             "backend": (request.backend, volume.backend),
             "fs": (request.filesystem, volume.filesystem),
@@ -166,13 +176,12 @@ class Volumes:
                 subject=f"volume {volume.name}",
                 hint="choose another name, or leave the options out to use it as it is",
             )
-        if volume.state is not VolumeState.READY:
-            raise AlreadyExists(
-                f"exists and is {volume.state}", subject=f"volume {volume.name}", hint="try again later"
-            )
+        _check_ready(volume)
         return volume
 
     def _origin(self, request: CreateVolume) -> Origin | None:
+        if request.claim is not None:
+            return self._claimed_origin(request.claim)
         if not request.source:
             return None
         name, at, snapshot_name = request.source.rpartition("@")
@@ -187,6 +196,21 @@ class Volumes:
                 subject=f"volume {volume.name}",
                 hint=nearest(snapshot_name, known),
             )
+        return Origin(volume=volume, snapshot=snapshot)
+
+    def _claimed_origin(self, claim: Claim) -> Origin | None:
+        kind, _, identifier = claim.source.partition(":")
+        if not kind:
+            return None
+        if kind == "volume":
+            volume = self._repository.volume(identifier)
+            if volume is None:
+                raise NotFound("there is no such volume to clone", subject=f"volume {identifier[:100]}")
+            return Origin(volume=volume)
+        snapshot = self._repository.snapshot_by_id(identifier)
+        volume = self._repository.volume(snapshot.volume_id) if snapshot else None
+        if snapshot is None or volume is None or snapshot.state is not SnapshotState.READY:
+            raise NotFound("there is no such snapshot", subject=f"snapshot {identifier[:100]}")
         return Origin(volume=volume, snapshot=snapshot)
 
     def _place(self, request: CreateVolume, origin: Origin | None) -> Backend:
@@ -216,7 +240,7 @@ class Volumes:
         if origin is not None:
             size, filesystem = origin.fit(size=size, mode=request.mode, filesystem=filesystem)
         elif block:
-            size = size or DEFAULT_SIZE
+            size = size or _within(DEFAULT_SIZE, request.claim)
             filesystem = filesystem or (DEFAULT_FILESYSTEM if request.mode is VolumeMode.FILESYSTEM else "")
         if request.mode is VolumeMode.BLOCK and (request.filesystem or request.mkfs_options or request.mount_options):
             raise InvalidRequest("a raw block volume has no file system", subject=f"volume {request.name}")
@@ -246,6 +270,8 @@ class Volumes:
             options=request.options,
             labels=request.labels,
             source=request.source,
+            claim=request.claim,
+            ephemeral=request.ephemeral,
         )
 
     # Removing
@@ -285,6 +311,9 @@ class Volumes:
         holders = self._mounts.holders(volume)
         if holders:
             raise InUse("is in use by", holders=holders, subject=f"volume {volume.name}")
+        nodes = [attachment.node for attachment in self._repository.attachments(volume.id)]
+        if nodes:
+            raise InUse("is attached to node", holders=nodes, subject=f"volume {volume.name}", hint="detach it first")
         snapshots = [snapshot.name for snapshot in self._repository.snapshots(volume.id)]
         if snapshots:
             raise InUse(
@@ -293,6 +322,65 @@ class Volumes:
                 subject=f"volume {volume.name}",
                 hint=f"remove them first: volumectl snapshot rm {volume.name} {snapshots[0]}",
             )
+
+    # Changing
+    def modify(
+        self,
+        reference: str,
+        *,
+        labels: dict[str, str] | None = None,
+        mount_options: tuple[str, ...] | None = None,
+        options: dict[str, str] | None = None,
+    ) -> Volume:
+        """Set labels, the options of the next mount, and those of the driver's that can be changed; what is left out
+        stays. Raises InvalidRequest for an option that cannot."""
+        volume = self.get(reference)
+        backend = self._backends.get(volume.backend)
+        check_labels({**volume.labels, **(labels or {})})
+        check_words(mount_options or (), what="mount-options")
+        if mount_options and volume.mode is VolumeMode.BLOCK:
+            raise InvalidRequest("a raw block volume has no file system", subject=f"volume {volume.name}")
+        if options:
+            self._provision.check_modification(backend, volume, options)
+        return backend.call(
+            lambda: self._modify(volume.id, labels or {}, mount_options, options or {}, backend),
+        )
+
+    def _modify(
+        self,
+        volume_id: VolumeId,
+        labels: dict[str, str],
+        mount_options: tuple[str, ...] | None,
+        options: dict[str, str],
+        backend: Backend,
+    ) -> Volume:
+        with self._locks.hold(volume_id):
+            volume = self._journal.settle(self._by_id(volume_id))
+            if volume is None:
+                raise NotFound("was removed a moment ago", subject=f"volume {volume_id}")
+            changed = msgspec.structs.replace(
+                volume,
+                labels={**volume.labels, **labels},
+                mount_options=volume.mount_options if mount_options is None else mount_options,
+                options={**volume.options, **options},
+            )
+            if changed == volume:
+                return volume
+            if changed.options == volume.options:
+                with self._repository.transaction() as transaction:
+                    transaction.put(changed)
+                return changed
+            with self._journal.recorded(OperationKind.MODIFY, volume, options=changed.options) as operation:
+                with self._repository.transaction() as transaction:
+                    transaction.put(operation)
+                crash.point("modify.recorded")
+                self._provision.modify(changed, backend)
+                crash.point("modify.modified")
+                with self._repository.transaction() as transaction:
+                    transaction.put(changed)
+                    transaction.delete(operation)
+        self._events.publish("volume.modified", volume.name, "given other options")
+        return changed
 
     # Growing
     def expand(self, reference: str, size: int) -> Volume:
@@ -337,3 +425,44 @@ class Volumes:
                     transaction.delete(operation)
         self._events.publish("volume.expanded", volume.name, f"grown to {grown.size} bytes", size=grown.size)
         return grown
+
+
+def _check_ready(volume: Volume) -> None:
+    if volume.state is not VolumeState.READY:
+        raise AlreadyExists(f"exists and is {volume.state}", subject=f"volume {volume.name}", hint="try again later")
+
+
+def _check_claim(volume: Volume, request: CreateVolume, claim: Claim) -> None:
+    """Raises AlreadyExists unless the volume was made for this very claim. One that was made by hand or through Docker
+    never is: whoever claims a volume will delete it one day."""
+    subject = f"volume {volume.name}"
+    made_for = volume.claim
+    if made_for is None or made_for.name != claim.name:
+        raise AlreadyExists(
+            "exists already and was not made by this orchestrator",
+            subject=subject,
+            hint=f"choose another name, or use the volume by its id {volume.id}",
+        )
+    differing = [key for key in ("parameters", "filesystem", "source") if getattr(made_for, key) != getattr(claim, key)]
+    if request.mode is not volume.mode:
+        differing.append("mode")
+    size = volume.size or 0
+    if volume.size is not None and (size < claim.required or 0 < claim.limit < size):
+        differing.append("size")
+    if differing:
+        raise AlreadyExists(f"exists already, with another {', '.join(differing)}", subject=subject)
+    _check_ready(volume)
+
+
+def _check_limit(volume: Volume, claim: Claim) -> None:
+    """Storage that counts in larger steps gives more than was asked for. Raises OutOfRange."""
+    if volume.size is not None and 0 < claim.limit < volume.size:
+        raise OutOfRange(
+            f"can only be made with {volume.size} bytes, and {claim.limit} are the limit",
+            subject=f"volume {volume.name}",
+            hint="allow a larger size",
+        )
+
+
+def _within(size: int, claim: Claim | None) -> int:
+    return min(size, claim.limit) if claim is not None and claim.limit else size

@@ -1,20 +1,24 @@
 """The public interface for driver authors: everything a driver imports is here, in model and in errors."""
 
 from volumed.driver.capability import Capability
-from volumed.driver.host import Completed, Host, Loop, MountEntry
+from volumed.driver.host import Completed, FileExtent, Host, Loop, MountEntry
 from volumed.driver.interface import (
     BlockDriver,
     Capacity,
     CreatedVolume,
     Driver,
+    Extent,
     Facts,
     FilesystemDriver,
     Found,
     FoundSnapshot,
     Probe,
     SupportsCapacity,
+    SupportsChangedBlocks,
     SupportsClone,
     SupportsExpand,
+    SupportsGroupSnapshots,
+    SupportsModify,
     SupportsSnapshots,
     VolumeSpec,
 )
@@ -27,7 +31,9 @@ __all__ = [
     "Completed",
     "CreatedVolume",
     "Driver",
+    "Extent",
     "Facts",
+    "FileExtent",
     "FilesystemDriver",
     "Found",
     "FoundSnapshot",
@@ -38,8 +44,11 @@ __all__ = [
     "Options",
     "Probe",
     "SupportsCapacity",
+    "SupportsChangedBlocks",
     "SupportsClone",
     "SupportsExpand",
+    "SupportsGroupSnapshots",
+    "SupportsModify",
     "SupportsSnapshots",
     "VolumeSpec",
 ]

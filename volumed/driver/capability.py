@@ -14,4 +14,8 @@ class Capability(enum.StrEnum):
     CLONE = "clone"
     CLONE_LIVE = "clone-live"
     EXPAND = "expand"  # a volume grows; while it is mounted, too
+    MULTI_NODE = "multi-node"  # volumes are reachable from several nodes at once
+    GROUP_SNAPSHOT = "group-snapshot"  # of several volumes at one instant
+    CHANGED_BLOCKS = "changed-blocks"  # tells which blocks of a snapshot hold data, and which differ between two
+    MODIFY = "modify"  # some of a volume's options can be changed later
     CAPACITY = "capacity"  # the backend tells how much room it has

@@ -39,6 +39,15 @@ class Loop(NamedTuple):
     readonly: bool
 
 
+class FileExtent(NamedTuple):
+    """A run of a file's bytes, and where on its disk it lies: None where the file system cannot say exactly."""
+
+    offset: int
+    length: int
+    place: int | None
+    written: bool  # False: reserved, and reads as zeros
+
+
 class Host(ABC):
     """Linux, as far as drivers need it.
 
@@ -112,6 +121,10 @@ class Host(ABC):
         """Let the device take the size that its backing file has now."""
 
     @abstractmethod
+    def set_device_readonly(self, device: Path, readonly: bool) -> None:
+        """Whether the device can be opened for writing (BLKROSET); a read-only mount of its node does not say that."""
+
+    @abstractmethod
     def loops(self) -> Sequence[Loop]:
         """All loop devices in use on the machine."""
 
@@ -134,6 +147,10 @@ class Host(ABC):
     @abstractmethod
     def clear_project_quota(self, path: Path, *, project: int) -> None:
         """Forget the limit. `path`: anything on that file system."""
+
+    @abstractmethod
+    def extents(self, path: Path) -> Sequence[FileExtent]:
+        """Where the file's data lies, in order; holes are left out. Raises NotSupported where that cannot be told."""
 
     @abstractmethod
     def reflink(self, source: Path, target: Path) -> None:

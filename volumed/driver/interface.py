@@ -189,6 +189,36 @@ class SupportsSnapshots(ABC):
         """`create`, with the snapshot's data. Raises OutOfRange when `spec.size` is too small."""
 
 
+class SupportsGroupSnapshots(SupportsSnapshots):
+    """`snapshot` is quick enough to be taken of several volumes, one after the other, while all of them are held still.
+    Core freezes what can be frozen, and takes at most one volume that cannot while it is in use."""
+
+
+class Extent(NamedTuple):
+    """A run of bytes."""
+
+    offset: int
+    length: int
+
+
+class SupportsChangedBlocks(SupportsSnapshots):
+    @abstractmethod
+    def allocated(self, snapshot: Handle) -> Iterable[Extent]:
+        """What holds data, in order; the rest reads as zeros. Data that is all zeros may be told, too."""
+
+    @abstractmethod
+    def changed(self, base: Handle, target: Handle) -> Iterable[Extent]:
+        """What may differ in `target` from `base`, two snapshots of one volume, in order; all else is the same."""
+
+
+class SupportsModify(ABC):
+    mutable: ClassVar[frozenset[str]]  # keys of VolumeOptions
+
+    @abstractmethod
+    def modify(self, handle: Handle, options: Options) -> None:
+        """Give the volume these `VolumeOptions`, in use or not. The same again is success."""
+
+
 class SupportsClone(ABC):
     @abstractmethod
     def clone(self, source: Handle, spec: VolumeSpec) -> CreatedVolume:
@@ -206,6 +236,9 @@ _BY_CLASS: Mapping[type, tuple[Capability, ...]] = {
     BlockDriver: (Capability.FILESYSTEM, Capability.BLOCK),  # core puts a file system on its devices
     SupportsExpand: (Capability.EXPAND,),
     SupportsSnapshots: (Capability.SNAPSHOT,),
+    SupportsGroupSnapshots: (Capability.GROUP_SNAPSHOT,),
+    SupportsChangedBlocks: (Capability.CHANGED_BLOCKS,),
+    SupportsModify: (Capability.MODIFY,),
     SupportsClone: (Capability.CLONE,),
     SupportsCapacity: (Capability.CAPACITY,),
 }

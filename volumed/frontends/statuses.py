@@ -20,6 +20,7 @@ STATUSES: dict[str, Status] = {
     "not_found": Status(HTTPStatus.NOT_FOUND, "NOT_FOUND"),
     "already_exists": Status(HTTPStatus.CONFLICT, "ALREADY_EXISTS"),
     "in_use": Status(HTTPStatus.CONFLICT, "FAILED_PRECONDITION"),
+    "precondition_failed": Status(HTTPStatus.CONFLICT, "FAILED_PRECONDITION"),
     "operation_pending": Status(HTTPStatus.CONFLICT, "ABORTED"),
     "not_supported": Status(HTTPStatus.UNPROCESSABLE_ENTITY, "INVALID_ARGUMENT"),
     "capacity_exhausted": Status(HTTPStatus.INSUFFICIENT_STORAGE, "RESOURCE_EXHAUSTED"),

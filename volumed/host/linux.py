@@ -5,16 +5,18 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from volumed.driver import Completed, Host, Loop, MountEntry
+from volumed.driver import Completed, FileExtent, Host, Loop, MountEntry
 from volumed.errors import HostError, NotSupported
-from volumed.host import loop, mounts, quota
+from volumed.host import extents, loop, mounts, quota
 from volumed.host.run import run
 
 FICLONE = 0x40049409
+BLKROSET = 0x125D
 
 
 class LinuxHost(Host):
@@ -73,6 +75,13 @@ class LinuxHost(Host):
     def refresh_loop(self, device: Path) -> None:
         loop.refresh(device)
 
+    def set_device_readonly(self, device: Path, readonly: bool) -> None:
+        with device.open("rb") as opened:
+            try:
+                fcntl.ioctl(opened, BLKROSET, int(readonly).to_bytes(4, sys.byteorder))
+            except OSError as error:
+                raise HostError(f"cannot be made read-only: {error.strerror}", subject=str(device)) from None
+
     def loops(self) -> Sequence[Loop]:
         return list(loop.attached())
 
@@ -103,6 +112,9 @@ class LinuxHost(Host):
         raise HostError("lies on no mount of this namespace", subject=str(path))
 
     # Files
+    def extents(self, path: Path) -> Sequence[FileExtent]:
+        return list(extents.extents(path))
+
     def reflink(self, source: Path, target: Path) -> None:
         with source.open("rb") as origin, target.open("xb") as copy:
             try:

@@ -4,6 +4,12 @@
     volume-names/<name>                            its id
     snapshots/<volume>/<snapshot>                  Snapshot
     snapshot-names/<volume>/<name>                 its id
+    snapshot-ids/<snapshot>                        the id of its volume
+    claims/snapshot/<name>, claims/group/<name>    what an orchestrator called it -> the id of what it made
+    group-snapshots/<id>                           GroupSnapshot
+    nodes/<name>                                   Node
+    attachments/<volume>/<node>                    Attachment
+    ephemeral/<volume>                             index: volumes that end with their publication
     operations/<volume>                            Operation: at most one per volume
     bindings/<volume>/<node>/<engine>/<mount id>   Binding
     consumers/<consumer>/<binding's key>           index: bindings of a container
@@ -16,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
@@ -24,9 +30,12 @@ from urllib.parse import quote, unquote
 import msgspec
 
 from volumed.model import (
+    Attachment,
     Binding,
     Engine,
+    GroupSnapshot,
     HistoricBinding,
+    Node,
     Operation,
     Record,
     Snapshot,
@@ -39,9 +48,6 @@ from volumed.store.store import Entry, Store
 R = TypeVar("R", bound=Record)
 
 _encode = msgspec.json.Encoder().encode
-_decoders: dict[type[Record], msgspec.json.Decoder[Any]] = {
-    kind: msgspec.json.Decoder(kind) for kind in (Volume, Snapshot, Operation, Binding, HistoricBinding)
-}
 
 
 def _quoted(text: str) -> str:
@@ -56,32 +62,49 @@ def _name_key(name: str) -> str:
     return f"volume-names/{_quoted(name)}"
 
 
+def _claim_key(kind: str, name: str) -> str:
+    return f"claims/{kind}/{_quoted(name)}"
+
+
 def _binding_key(volume_id: str, node: str, engine: str, mount_id: str) -> str:
     return f"bindings/{volume_id}/{_quoted(node)}/{engine}/{_quoted(mount_id)}"
 
 
+_KEYS: dict[type[Record], Callable[[Any], str]] = {
+    Volume: lambda volume: _volume_key(volume.id),
+    Snapshot: lambda snapshot: f"snapshots/{snapshot.volume_id}/{snapshot.id}",
+    GroupSnapshot: lambda group: f"group-snapshots/{_quoted(group.id)}",
+    Operation: lambda operation: f"operations/{operation.volume_id}",
+    Binding: lambda held: _binding_key(held.volume_id, held.node, held.engine, held.mount_id),
+    HistoricBinding: lambda ended: f"history/{ended.volume_id}/{ended.until.isoformat()}/{_quoted(ended.mount_id)}",
+    Node: lambda node: f"nodes/{_quoted(node.name)}",
+    Attachment: lambda attachment: f"attachments/{attachment.volume_id}/{_quoted(attachment.node)}",
+}
+
+
+_decoders: dict[type[Record], msgspec.json.Decoder[Any]] = {kind: msgspec.json.Decoder(kind) for kind in _KEYS}
+
+
 def _key(record: Record) -> str:
-    match record:
-        case Volume():
-            return _volume_key(record.id)
-        case Snapshot():
-            return f"snapshots/{record.volume_id}/{record.id}"
-        case Operation():
-            return f"operations/{record.volume_id}"
-        case Binding():
-            return _binding_key(record.volume_id, record.node, record.engine, record.mount_id)
-        case HistoricBinding():
-            return f"history/{record.volume_id}/{record.until.isoformat()}/{_quoted(record.mount_id)}"
-    raise TypeError(type(record).__name__)
+    return _KEYS[type(record)](record)
 
 
 def _index(record: Record) -> dict[str, bytes]:
     """The keys beside the record's own that lead to it."""
     match record:
         case Volume():
-            return {_name_key(record.name): record.id.encode()}
+            named = {_name_key(record.name): record.id.encode()}
+            return named | {f"ephemeral/{record.id}": b""} if record.ephemeral else named
         case Snapshot():
-            return {f"snapshot-names/{record.volume_id}/{_quoted(record.name)}": record.id.encode()}
+            index = {
+                f"snapshot-names/{record.volume_id}/{_quoted(record.name)}": record.id.encode(),
+                f"snapshot-ids/{record.id}": record.volume_id.encode(),
+            }
+            if record.claim is not None:
+                index[_claim_key("snapshot", record.claim.name)] = record.id.encode()
+            return index
+        case GroupSnapshot():
+            return {_claim_key("group", record.name): record.id.encode()}
         case Binding():
             key = _key(record)
             return {f"consumers/{_quoted(consumer.id)}/{key}": b"" for consumer in record.consumers}
@@ -148,6 +171,10 @@ class Repository:
         """In the order of their ids; page on with the last one's id."""
         return self._scan(Volume, "volumes/", after=_volume_key(after) if after else "", limit=limit)
 
+    def ephemeral_volumes(self) -> list[Volume]:
+        ids = [key.removeprefix("ephemeral/") for key in self.store.keys("ephemeral/")]
+        return [volume for volume_id in ids if (volume := self.volume(volume_id))]
+
     def volume_names(self) -> list[tuple[str, VolumeId]]:
         """Every name with its id, without decoding a single volume."""
         prefix = len("volume-names/")
@@ -166,6 +193,31 @@ class Repository:
         entry = self.store.get(f"snapshot-names/{volume_id}/{_quoted(name)}")
         return self.snapshot(volume_id, SnapshotId(entry.value.decode())) if entry else None
 
+    def snapshot_by_id(self, snapshot_id: str) -> Snapshot | None:
+        entry = self.store.get(f"snapshot-ids/{_quoted(snapshot_id)}")
+        return self.snapshot(VolumeId(entry.value.decode()), SnapshotId(snapshot_id)) if entry else None
+
+    def snapshot_by_claim(self, name: str) -> Snapshot | None:
+        entry = self.store.get(_claim_key("snapshot", name))
+        return self.snapshot_by_id(entry.value.decode()) if entry else None
+
+    def group_snapshot(self, group_id: str) -> GroupSnapshot | None:
+        return _decode(GroupSnapshot, self.store.get(f"group-snapshots/{_quoted(group_id)}"))
+
+    def group_snapshot_by_name(self, name: str) -> GroupSnapshot | None:
+        entry = self.store.get(_claim_key("group", name))
+        return self.group_snapshot(entry.value.decode()) if entry else None
+
+    def snapshots_in_order(self, *, after: str = "", limit: int | None = None) -> list[Snapshot]:
+        """Of all volumes, in the order of their own ids; page on with the last one's id."""
+        prefix = "snapshot-ids/"
+        entries = self.store.scan(prefix, after=f"{prefix}{_quoted(after)}" if after else "", limit=limit)
+        found = [
+            self.snapshot(VolumeId(entry.value.decode()), SnapshotId(entry.key.removeprefix(prefix)))
+            for entry in entries
+        ]
+        return [snapshot for snapshot in found if snapshot is not None]
+
     def snapshots(self, volume_id: VolumeId | None = None) -> list[Snapshot]:
         return self._scan(Snapshot, f"snapshots/{volume_id}/" if volume_id else "snapshots/")
 
@@ -175,6 +227,13 @@ class Repository:
 
     def operations(self) -> list[Operation]:
         return self._scan(Operation, "operations/")
+
+    # Nodes, and what is meant for them
+    def node(self, name: str) -> Node | None:
+        return _decode(Node, self.store.get(f"nodes/{_quoted(name)}"))
+
+    def attachments(self, volume_id: VolumeId | None = None) -> list[Attachment]:
+        return self._scan(Attachment, f"attachments/{volume_id}/" if volume_id else "attachments/")
 
     # Bindings
     def binding(self, volume_id: VolumeId, *, node: str, engine: Engine, mount_id: str) -> Binding | None:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from volumed.driver import Completed, Host, Loop, MountEntry
+from volumed.driver import Completed, FileExtent, Host, Loop, MountEntry
 from volumed.errors import CommandFailed, HostError, MountFailed, NotSupported, VolumedError
 
 
@@ -57,10 +57,14 @@ class FakeHost(Host):
         self._enter(source, target, "none", readonly=readonly)
 
     def _enter(self, source: Path, target: Path, fstype: str, *, readonly: bool) -> None:
-        if not target.is_dir():
+        if target.is_dir() is not source.is_dir() and not fstype != "none":
+            raise MountFailed("not a directory", subject=str(target))
+        if not target.exists():
             raise MountFailed("no such file or directory", subject=str(target))
         flag = "ro" if readonly else "rw"
-        self._table[target] = MountEntry(len(self._table), 0, "0:1", "/", target, (flag,), fstype, str(source), ())
+        below = self._table.get(source)
+        root = below.root if below else str(source)  # a bind mount of a mount shows what that shows
+        self._table[target] = MountEntry(len(self._table), 0, "0:1", root, target, (flag,), fstype, str(source), ())
         self._changed.set()
 
     def unmount(self, target: Path) -> None:
@@ -98,6 +102,9 @@ class FakeHost(Host):
     def refresh_loop(self, device: Path) -> None:
         self._called("refresh_loop", device)
 
+    def set_device_readonly(self, device: Path, readonly: bool) -> None:
+        self._called("set_device_readonly", device, readonly)
+
     def loops(self) -> Sequence[Loop]:
         return []
 
@@ -115,6 +122,9 @@ class FakeHost(Host):
 
     def clear_project_quota(self, path: Path, *, project: int) -> None:
         self._called("clear_project_quota", path, project)
+
+    def extents(self, path: Path) -> Sequence[FileExtent]:
+        raise NotSupported("does not tell where data lies", subject="the fake host")
 
     def reflink(self, source: Path, target: Path) -> None:
         raise NotSupported("cannot share data between files", subject="the fake host")

@@ -27,7 +27,8 @@ from volumed.driver import (
     SupportsCapacity,
     SupportsClone,
     SupportsExpand,
-    SupportsSnapshots,
+    SupportsGroupSnapshots,
+    SupportsModify,
     VolumeSpec,
 )
 from volumed.errors import NotFound, VolumedError
@@ -44,6 +45,7 @@ class MemoryOptions(Options):
 class _Held:
     tree: Path
     size: int | None
+    color: str = "blue"
 
 
 @dataclass
@@ -58,11 +60,16 @@ class MemoryStorage:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class MemoryDriver(FilesystemDriver, SupportsExpand, SupportsSnapshots, SupportsClone, SupportsCapacity):
+class MemoryDriver(
+    FilesystemDriver, SupportsExpand, SupportsGroupSnapshots, SupportsModify, SupportsClone, SupportsCapacity
+):
     """`before(method)` is called first in every method: a test makes it wait, count or raise."""
 
     VolumeOptions = MemoryOptions
-    capabilities: ClassVar[frozenset[Capability]] = frozenset({Capability.SNAPSHOT_LIVE, Capability.CLONE_LIVE})
+    capabilities: ClassVar[frozenset[Capability]] = frozenset(
+        {Capability.SNAPSHOT_LIVE, Capability.CLONE_LIVE, Capability.MULTI_NODE}
+    )
+    mutable: ClassVar[frozenset[str]] = frozenset({"color"})
 
     def __init__(self, backend: str, options: Options, host: Host, storage: MemoryStorage | None = None) -> None:
         super().__init__(backend, options, host)
@@ -182,6 +189,11 @@ class MemoryDriver(FilesystemDriver, SupportsExpand, SupportsSnapshots, Supports
     def clone(self, source: Handle, spec: VolumeSpec) -> CreatedVolume:
         self.before("clone")
         return self._made(spec, self._volume(source).tree)
+
+    def modify(self, handle: Handle, options: Options) -> None:
+        self.before("modify")
+        assert isinstance(options, MemoryOptions)
+        self._volume(handle).color = options.color
 
     def capacity(self) -> Capacity:
         self.before("capacity")

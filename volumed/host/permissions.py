@@ -1,0 +1,48 @@
+"""A whole tree made writable for a group, that of a workload which an orchestrator runs on it.
+
+The meaning is Kubernetes' of `fsGroup`: the group owns everything, may read and write it, may enter folders and run
+what is executable, and new files belong to it, too.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+_FOLDER = stat.S_ISGID | stat.S_IRGRP | stat.S_IWGRP | stat.S_IXGRP
+_FILE = stat.S_IRGRP | stat.S_IWGRP
+
+
+def grant_group(tree: Path, gid: int) -> None:
+    """Nothing is done when the root has it already: it is set last, so then everything below has it.
+
+    Never follows a symbolic link: a workload could have put one there.
+    """
+    root = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        status = os.fstat(root)
+        if status.st_gid == gid and status.st_mode & _FOLDER == _FOLDER:
+            return
+        for _, folders, files, at in os.fwalk(".", topdown=False, follow_symlinks=False, dir_fd=root):
+            for name in (*files, *folders):
+                _grant(name, at, gid)
+        os.chown(root, -1, gid)
+        os.fchmod(root, stat.S_IMODE(os.fstat(root).st_mode) | _FOLDER)
+    finally:
+        os.close(root)
+
+
+def _grant(name: str, at: int, gid: int) -> None:
+    try:
+        status = os.lstat(name, dir_fd=at)
+        if status.st_gid != gid:
+            os.chown(name, -1, gid, dir_fd=at, follow_symlinks=False)  # clears set-user-id: so it is set again
+        if stat.S_ISLNK(status.st_mode):
+            return
+        mode = stat.S_IMODE(status.st_mode)
+        wanted = mode | (_FOLDER if stat.S_ISDIR(status.st_mode) else _FILE | (mode & stat.S_IXUSR) >> 3)
+        if status.st_gid != gid or wanted != mode:
+            os.chmod(name, wanted, dir_fd=at)
+    except FileNotFoundError:
+        return  # removed while we looked
