@@ -15,10 +15,12 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+import msgspec
 
 from volumed import __version__, logs, notify
-from volumed.config import Settings, default_settings, load
+from volumed.config import ROLES, Settings, default_settings, load
 from volumed.core.consumers.docker import DockerSource
 from volumed.core.consumers.podman import PodmanSource
 from volumed.core.consumers.source import ConsumerSource
@@ -31,6 +33,9 @@ from volumed.frontends.docker.app import DockerApp
 from volumed.frontends.server import UnixServer
 from volumed.host.linux import LinuxHost
 from volumed.store.sqlite import SqliteStore
+
+if TYPE_CHECKING:
+    from volumed.frontends.csi.server import GrpcServer
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--config", type=Path, help=f"settings; default {DEFAULT_CONFIG}, if it exists")
     where.add_argument("--root", type=Path, help="try it out: keep everything, sockets too, below this folder")
+    parser.add_argument("--role", choices=ROLES, help="serve CSI in this role, whatever the settings say")
     parser.add_argument("--check", action="store_true", help="read the settings, say what is wrong, and end")
     parser.add_argument(
         "--unmount-all", action="store_true", help="unmount every volume that no process holds, and end"
@@ -68,10 +74,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _settings(arguments: argparse.Namespace) -> Settings:
     if arguments.config:
-        return load(arguments.config)
-    if arguments.root:
-        return default_settings(arguments.root.absolute())
-    return load(DEFAULT_CONFIG) if DEFAULT_CONFIG.exists() else default_settings()
+        settings = load(arguments.config)
+    elif arguments.root:
+        settings = default_settings(arguments.root.absolute())
+    else:
+        settings = load(DEFAULT_CONFIG) if DEFAULT_CONFIG.exists() else default_settings()
+    if arguments.role:
+        csi = msgspec.structs.replace(settings.csi, enabled=True, role=arguments.role)
+        settings = msgspec.structs.replace(settings, csi=csi)
+    return settings
 
 
 def _run(settings: Settings, arguments: argparse.Namespace) -> int:
@@ -145,6 +156,9 @@ async def _serve(core: Core) -> None:
         loop.add_signal_handler(number, stopping.set)
     for server in servers:
         await server.start()
+    remote = _grpc_servers(core)
+    for remote_server in remote:
+        remote_server.start()
     notify.ready(f"serving {len(core.backends.all())} backends")
     watchdog = asyncio.create_task(notify.keep_watchdog())
     _greet(core)
@@ -152,7 +166,19 @@ async def _serve(core: Core) -> None:
     notify.stopping()
     core.events.close()  # who follows them would hold the stop
     watchdog.cancel()
+    for remote_server in remote:
+        await loop.run_in_executor(None, remote_server.stop)
     await asyncio.gather(*(server.stop() for server in servers))
+
+
+def _grpc_servers(core: Core) -> list[GrpcServer]:
+    """gRPC costs a third of a second and 20 MiB: only whoever serves CSI has it."""
+    if not core.settings.csi.enabled:
+        return []
+    from volumed.frontends.csi.server import csi_server, registration_server  # noqa: PLC0415
+
+    registers = core.settings.kubelet.registration and core.settings.csi.role != "controller"
+    return [csi_server(core), *([registration_server(core)] if registers else [])]
 
 
 def _greet(core: Core) -> None:
@@ -167,6 +193,8 @@ def _greet(core: Core) -> None:
         return
     lines = [f"volumed {__version__} is ready. Its sockets:", f"  admin   {settings.admin.socket}"]
     prefix = "volumectl"
+    if settings.csi.enabled:
+        lines.append(f"  CSI     {settings.csi.socket} ({settings.csi.role})")
     if settings.docker.enabled:
         name = settings.docker.socket.stem
         lines += [

@@ -23,6 +23,16 @@ from volumed.unix_http import UnixConnection
 BIN = Path(sys.executable).parent
 
 
+_BACKENDS = """\
+[backends.local]
+driver = "directory"
+path = "{folder}/volumes"
+[backends.sized]
+driver = "image"
+path = "{folder}/images"
+"""
+
+
 class Answer(NamedTuple):
     status: int
     body: dict[str, Any]
@@ -41,16 +51,23 @@ class Volumed:
         docker_socket: Path | None = None,
         podman: tuple[str, ...] | None = None,
         backends: str = "",
+        default_backends: tuple[str, ...] = ("local", "sized"),
+        only: bool = False,
+        csi: str | None = None,
         quiet: bool = False,
     ) -> None:
-        """`quiet`: as installed, not hurried and without its debug log: for figures."""
+        """`quiet`: as installed, not hurried and without its debug log: for figures. `csi`: serve it, with these
+        settings besides; `backends`: further tables, or with `only` all of them."""
         self.folder = folder
         self.state = folder / "state"
         self.plugin_socket = plugin_socket or folder / "docker.sock"
         self.admin_socket = folder / "admin.sock"
+        self.csi_socket = folder / "csi" / "csi.sock"
+        self.targets = folder / "pods"  # where an orchestrator may want its volumes
         self.config = folder / "volumed.toml"
         self.api = Client(self.admin_socket)
         self._process: Process | None = None
+        self._serves_csi = csi is not None
         self.config.write_text(
             f"""\
 state-dir = "{self.state}"
@@ -58,11 +75,16 @@ runtime-dir = "{folder}/run"
 node = "node-1"
 reconcile-interval = "{30 if quiet else 1}s"
 consumer-grace = "{30 if quiet else 1}s"
-default-backends = ["local", "sized"]
+default-backends = {json.dumps(default_backends)}
 [docker]
 socket = "{self.plugin_socket}"
 [admin]
 socket = "{self.admin_socket}"
+[csi]
+enabled = {str(csi is not None).lower()}
+socket = "{self.csi_socket}"
+target-roots = ["{self.targets}"]
+{csi or ""}
 [log]
 level = "{"info" if quiet else "debug"}"
 [engines.docker]
@@ -72,12 +94,7 @@ socket = "{docker_socket or "/nonexistent"}"
 enabled = {str(podman is not None).lower()}
 command = "podman"
 arguments = {json.dumps(list(podman or ()))}
-[backends.local]
-driver = "directory"
-path = "{folder}/volumes"
-[backends.sized]
-driver = "image"
-path = "{folder}/images"
+{"" if only else _BACKENDS.format(folder=folder)}
 {backends}
 """
         )
@@ -97,7 +114,7 @@ path = "{folder}/images"
     def wait_ready(self, timeout: float = 30.0) -> None:
         assert self._process is not None
         ends = time.monotonic() + timeout
-        while not _answers(self.plugin_socket):
+        while not _answers(self.plugin_socket) or (self._serves_csi and not _answers(self.csi_socket)):
             assert self._process.running(), f"volumed ended: {self.log()[-3000:]}"
             assert time.monotonic() < ends, f"volumed is not ready: {self.log()[-3000:]}"
             time.sleep(0.005)

@@ -8,7 +8,7 @@ from volumed.core.access import attachment_use, conflicts
 from volumed.core.backends import Backends
 from volumed.core.locks import KeyedLocks
 from volumed.driver import Capability
-from volumed.errors import AlreadyExists, InUse, NotFound, PreconditionFailed
+from volumed.errors import AlreadyExists, CapacityExhausted, InUse, NotFound, PreconditionFailed
 from volumed.model import AccessMode, Attachment, Node, Volume, VolumeId, now
 from volumed.store.repository import Repository
 
@@ -18,9 +18,17 @@ NODE_KEY = "volumed.csi/node"
 
 class Attachments:
     def __init__(
-        self, *, node: str, topology: dict[str, str], repository: Repository, backends: Backends, locks: KeyedLocks
+        self,
+        *,
+        node: str,
+        topology: dict[str, str],
+        limit: int,
+        repository: Repository,
+        backends: Backends,
+        locks: KeyedLocks,
     ) -> None:
-        """`topology`: where this node is, beside its name."""
+        """`topology`: where this node is, beside its name. `limit`: volumes of one node; 0: any number."""
+        self._limit = limit
         self._node = node
         self.topology = {NODE_KEY: node, **topology}
         self._repository = repository
@@ -65,8 +73,18 @@ class Attachments:
             )
             if self._is_there(volume, wanted):
                 return
+            self._check_room(node)
             with self._repository.transaction() as transaction:
                 transaction.put(wanted)
+
+    def _check_room(self, node: str) -> None:
+        if not self._limit:
+            return
+        count = sum(attachment.node == node for attachment in self._repository.attachments())
+        if count >= self._limit:
+            raise CapacityExhausted(
+                f"has {count} volumes attached, and {self._limit} are its limit", subject=f"node {node}"
+            )
 
     def _is_there(self, volume: Volume, wanted: Attachment) -> bool:
         there = self._repository.attachments(volume.id)

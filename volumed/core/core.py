@@ -20,6 +20,7 @@ from volumed.core.doctor import Doctor
 from volumed.core.drivers import DriverRegistry
 from volumed.core.events import Events
 from volumed.core.groups import GroupSnapshots
+from volumed.core.health import Health
 from volumed.core.journal import Journal
 from volumed.core.locks import KeyedLocks
 from volumed.core.metrics import Metrics
@@ -119,6 +120,7 @@ class Core:
         self.attachments = Attachments(
             node=self.node,
             topology=settings.topology,
+            limit=settings.csi.max_volumes,
             repository=self.repository,
             backends=self.backends,
             locks=locks,
@@ -143,6 +145,7 @@ class Core:
             grace=settings.consumer_grace,
         )
         self.usage = Usage(repository=self.repository, backends=self.backends, presence=presence)
+        self.health = Health(node=self.node, repository=self.repository, backends=self.backends, presence=presence)
         self.reconciler = Reconciler(
             node=self.node,
             repository=self.repository,

@@ -99,6 +99,8 @@ class _LedgerCollector(Collector):
         bindings = _gauge(BINDINGS)
         engines: dict[str, int] = {}
         for binding in core.bindings.all():
+            if binding.staging:
+                continue
             engines[binding.engine] = engines.get(binding.engine, 0) + 1
         for engine, count in engines.items():
             bindings.add_metric([engine], count)

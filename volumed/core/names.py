@@ -12,6 +12,7 @@ from volumed.errors import InvalidRequest
 MAX_NAME = 255
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
 MAX_CLAIM = 128  # bytes (CSI specification, "Size Limits")
+_BANNED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # by CreateVolumeRequest.name
 MAX_LABELS = 64
 MAX_LABEL = 4096
 
@@ -32,7 +33,7 @@ def name_for_claim(text: str) -> str:
     it. Raises InvalidRequest for what CSI does not allow as a name."""
     if not text:
         raise InvalidRequest("no name is given")
-    if len(text.encode("utf-8", "surrogatepass")) > MAX_CLAIM or any(ord(character) < 32 for character in text):
+    if len(text.encode("utf-8", "surrogatepass")) > MAX_CLAIM or _BANNED.search(text):
         raise InvalidRequest(f"a name has at most {MAX_CLAIM} bytes and no control characters")
     return text if _NAME.fullmatch(text) else f"csi-{hashlib.sha256(text.encode()).hexdigest()[:40]}"
 

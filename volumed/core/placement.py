@@ -12,7 +12,9 @@ DEFAULT_FILESYSTEM = "ext4"
 DEFAULT_SIZE = 10 * 1024**3
 
 
-def choose_backend(backends: Backends, *, name: str, size: int | None, mode: VolumeMode, filesystem: str) -> Backend:
+def choose_backend(
+    backends: Backends, *, name: str, size: int | None, mode: VolumeMode, filesystem: str, multi_node: bool = False
+) -> Backend:
     """The backend that was named, else the first of the default ones that can do all that is asked.
 
     Raises InvalidRequest for an unknown name, NotSupported or BackendUnavailable with each backend's reason.
@@ -21,7 +23,7 @@ def choose_backend(backends: Backends, *, name: str, size: int | None, mode: Vol
     refusals: list[VolumedError] = []
     for backend in candidates:
         try:
-            _check(backend, size=size, mode=mode, filesystem=filesystem)
+            _check(backend, size=size, mode=mode, filesystem=filesystem, multi_node=multi_node)
         except VolumedError as error:
             refusals.append(error)
         else:
@@ -33,12 +35,14 @@ def choose_backend(backends: Backends, *, name: str, size: int | None, mode: Vol
     raise NotSupported("no default backend can hold this volume: " + "; ".join(str(error) for error in refusals))
 
 
-def _check(backend: Backend, *, size: int | None, mode: VolumeMode, filesystem: str) -> None:
+def _check(backend: Backend, *, size: int | None, mode: VolumeMode, filesystem: str, multi_node: bool) -> None:
     if not backend.health.ok:
         raise BackendUnavailable(f"cannot be used now: {backend.health.error}", subject=f"backend {backend.name}")
     backend.require(Capability.BLOCK if mode is VolumeMode.BLOCK else Capability.FILESYSTEM)
     if size is not None:
         backend.require(Capability.SIZE)
+    if multi_node:
+        backend.require(Capability.MULTI_NODE)
     if filesystem and not isinstance(backend.driver, BlockDriver):
         raise NotSupported(
             f"volumes are folders of the backend's own file system, so fs={filesystem} cannot be had",

@@ -196,6 +196,10 @@ class Publications:
         """What is staged or published there."""
         return self._held(volume_id, path)
 
+    def is_mounted(self, path: str) -> bool:
+        """Whether anything is."""
+        return self._mounts.presence.host.is_mountpoint(self._targets.check(path, what="target path"))
+
     def check_usage(self, volume: Volume, usage: Usage) -> None:
         """Whether the volume can be used so at all. Raises PreconditionFailed, NotSupported, InvalidRequest."""
         subject = f"volume {volume.name}"

@@ -15,7 +15,7 @@ from volumed.core.presence import handle_of
 from volumed.core.provision import Provision, snapshot_driver
 from volumed.core.volumes import Volumes
 from volumed.driver import Capability
-from volumed.errors import AlreadyExists, InUse, NotFound
+from volumed.errors import AlreadyExists, InvalidRequest, NotFound
 from volumed.model import (
     Claim,
     OperationKind,
@@ -139,11 +139,10 @@ class Snapshots:
         self.remove_one(self.get(reference, name))
 
     def remove_one(self, snapshot: Snapshot) -> None:
-        """Raises InUse for one of a group: its others would be worth less without it."""
+        """Raises InvalidRequest for one of a group: its others would be worth less without it."""
         if snapshot.group_id is not None:
-            raise InUse(
-                "was taken with others, and goes with them",
-                holders=[f"group snapshot {snapshot.group_id}"],
+            raise InvalidRequest(
+                f"was taken with others, as group snapshot {snapshot.group_id}, and goes with them",
                 subject=f"snapshot {snapshot.name}",
                 hint="remove the group",
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from datetime import datetime
+from typing import NamedTuple
 
 import msgspec
 
@@ -12,7 +13,7 @@ from volumed import context
 from volumed.core.backends import Backend, Backends
 from volumed.core.presence import Presence, handle_of
 from volumed.driver import BlockDriver
-from volumed.errors import BackendUnavailable, CommandFailed, OperationPending, VolumedError
+from volumed.errors import BackendUnavailable, CommandFailed, HostError, OperationPending, VolumedError
 from volumed.model import Volume, VolumeId, VolumeMode, now
 from volumed.store.repository import Repository
 
@@ -26,6 +27,19 @@ class UsageSample(msgspec.Struct, frozen=True, kw_only=True):
     used: int | None
     total: int | None
     at: datetime
+
+
+class Room(NamedTuple):
+    """Of a mounted file system, or a device: bytes, and inodes where they are counted."""
+
+    total: int
+    used: int
+    available: int
+
+
+class Statistics(NamedTuple):
+    space: Room
+    inodes: Room | None
 
 
 class Usage:
@@ -44,6 +58,25 @@ class Usage:
         sample = backend.call(lambda: self._look(volume, backend, count=count))
         self._samples[volume.id] = sample
         return sample
+
+    def statistics(self, volume: Volume) -> Statistics:
+        """Of a volume that is mounted on this node, looked up now."""
+        path = self._presence.path(volume.id)
+        if volume.mode is VolumeMode.BLOCK:
+            size = volume.size or 0
+            return Statistics(space=Room(total=size, used=size, available=0), inodes=None)
+        try:
+            found = os.statvfs(path)
+        except OSError as error:
+            raise HostError(f"cannot be measured: {error.strerror}", subject=f"volume {volume.name}") from None
+        unit = found.f_frsize
+        space = Room(
+            total=found.f_blocks * unit, used=(found.f_blocks - found.f_bfree) * unit, available=found.f_bavail * unit
+        )
+        if not found.f_files:  # btrfs makes them as they are needed
+            return Statistics(space=space, inodes=None)
+        inodes = Room(total=found.f_files, used=found.f_files - found.f_ffree, available=found.f_favail)
+        return Statistics(space=space, inodes=inodes)
 
     def refresh_mounted(self) -> None:
         """On the timer: every mounted volume whose usage costs no walk; what is gone is forgotten."""

@@ -50,6 +50,7 @@ class CreateVolume(msgspec.Struct, frozen=True, kw_only=True):
     options: dict[str, str] = {}  # the driver's own
     claim: Claim | None = None  # of an orchestrator: then `source` is left out and read from it
     ephemeral: bool = False
+    multi_node: bool = False  # must be reachable from several nodes
 
 
 class Removal(msgspec.Struct, frozen=True, kw_only=True):
@@ -224,7 +225,12 @@ class Volumes:
                 )
             name = origin.volume.backend
         backend = choose_backend(
-            self._backends, name=name, size=request.size, mode=request.mode, filesystem=request.filesystem
+            self._backends,
+            name=name,
+            size=request.size,
+            mode=request.mode,
+            filesystem=request.filesystem,
+            multi_node=request.multi_node,
         )
         if origin is not None:
             backend.require(Capability.SNAPSHOT if origin.snapshot else Capability.CLONE)

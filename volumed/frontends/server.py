@@ -72,7 +72,7 @@ class UnixServer:
 def bind_private(path: Path, *, group: str) -> socket.socket:
     """A listening socket that never was open to others: made under a private umask, then given to the group."""
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    _remove_stale(path)
+    remove_stale(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     before = os.umask(0o177)
     try:
@@ -95,7 +95,7 @@ def bind_private(path: Path, *, group: str) -> socket.socket:
     return listener
 
 
-def _remove_stale(path: Path) -> None:
+def remove_stale(path: Path) -> None:
     """What a daemon that was killed left; never the socket of one that answers, never what is no socket."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):

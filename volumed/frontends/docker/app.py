@@ -19,8 +19,8 @@ import msgspec
 from volumed import context
 from volumed.core.core import Core
 from volumed.errors import InvalidRequest, NotFound, VolumedError
-from volumed.frontends.docker.options import read_create
 from volumed.frontends.docker.status import status_of_volume
+from volumed.frontends.volume_options import read_create
 from volumed.model import Engine, Volume
 
 _log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""What stands behind `docker volume create -o`, read into a request for a volume."""
+"""What people and orchestrators write to say what a volume shall be, read into a request for one."""
 
 from __future__ import annotations
 
