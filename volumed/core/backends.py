@@ -127,14 +127,14 @@ class Backend:
         self.disabled = frozenset(Capability(capability) for capability in disabled)
         self.health = Health(ok=False, error="not probed yet")
         self.lacking: dict[Capability, str] = {}
+        self.capabilities = self._capabilities()
         self.facts: dict[str, str] = {}
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix=f"backend-{name}")
         # Bursts wait their turn; with more than this waiting the backend is not keeping up, or hangs.
         self.room = workers + waiting
         self._room = threading.BoundedSemaphore(self.room)
 
-    @property
-    def capabilities(self) -> frozenset[Capability]:
+    def _capabilities(self) -> frozenset[Capability]:
         return self.driver.all_capabilities() - frozenset(self.lacking) - self.disabled
 
     def require(self, capability: Capability) -> None:
@@ -155,6 +155,7 @@ class Backend:
             self.unavailable(str(error))
             return
         self.lacking, self.facts = found.lacking, found.facts
+        self.capabilities = self._capabilities()
         self.health = Health(ok=True, checked=now())
 
     def unavailable(self, reason: str) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from volumed.core.backends import Backend, Backends
 from volumed.core.presence import Observed, Presence, handle_of
 from volumed.errors import NotFound, VolumedError
-from volumed.model import Volume, VolumeState
+from volumed.model import Operation, Volume, VolumeState
 from volumed.store.repository import Repository
 
 
@@ -35,13 +36,20 @@ class Health:
 
     def known(self, volume: Volume) -> list[Ailment]:
         """From the ledger and the last probe alone: touches no storage."""
+        return self._known(volume, self._repository.operation(volume.id))
+
+    def known_of_all(self, volumes: Iterable[Volume]) -> list[list[Ailment]]:
+        """As `known`, of each; the journal is read once."""
+        operations = {operation.volume_id: operation for operation in self._repository.operations()}
+        return [self._known(volume, operations.get(volume.id)) for volume in volumes]
+
+    def _known(self, volume: Volume, operation: Operation | None) -> list[Ailment]:
         found = []
         backend = self._backends.get(volume.backend)
         if not backend.health.ok:
             found.append(
                 Ailment(Severity.INACCESSIBLE, "BackendUnavailable", f"{backend.name}: {backend.health.error}")
             )
-        operation = self._repository.operation(volume.id)
         if operation is not None and operation.error:
             found.append(Ailment(Severity.DEGRADED, "OperationStuck", f"{operation.kind}: {operation.error}"))
         if volume.state is VolumeState.RESTORING:

@@ -7,6 +7,7 @@ a crash cuts short is known, and the orchestrator's retry, or `reconcile`, finis
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -216,7 +217,7 @@ class Publications:
         subject = f"volume {volume.name}"
         if not staged_at:
             raise PreconditionFailed("no staging path is given", subject=subject)
-        staged = self._held(volume.id, str(self._targets.check(staged_at, what="staging path")))
+        staged = self._held(volume.id, os.path.normpath(staged_at))
         if staged is None or not staged.staging or not self._targets.exists(Path(staged.path)):
             raise PreconditionFailed(f"is not staged at {staged_at}", subject=subject, hint="stage it first")
         if staged.block is not usage.block:

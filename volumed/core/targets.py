@@ -29,6 +29,7 @@ class Targets:
         """`roots`: folders below which orchestrators may ask for a volume, and nowhere else."""
         self._host = host
         self._roots = tuple(roots)
+        self._resolved: tuple[str, ...] = ()
 
     def check(self, text: str, *, what: str) -> Path:
         """The path, if volumed may mount there. Raises InvalidRequest.
@@ -41,16 +42,22 @@ class Targets:
             raise InvalidRequest(f"{what} {text[:100]!r} is no absolute path")
         if ".." in text.split("/"):
             raise InvalidRequest(f"{what} {text[:100]!r} leads upwards")
-        path = Path(os.path.normpath(text))
-        parent = Path(os.path.realpath(path.parent))
-        if not any(_below(parent, Path(os.path.realpath(root))) for root in self._roots):
+        path = os.path.normpath(text)
+        if not self._allowed(os.path.realpath(os.path.dirname(path))):  # noqa: PTH120 (many times a second)
             raise InvalidRequest(
                 f"{what} {path} does not lie below {', '.join(map(str, self._roots))}",
                 hint="set target-roots in the table [csi] of volumed.toml",
             )
-        if path.is_symlink():
+        if os.path.islink(path):  # noqa: PTH114
             raise InvalidRequest(f"{what} {path} is a symbolic link")
-        return path
+        return Path(path)
+
+    def _allowed(self, folder: str) -> bool:
+        """Below a root, which may be a symbolic link itself, and may have become one since we looked."""
+        if any(_below(folder, root) for root in self._resolved):
+            return True
+        self._resolved = tuple(os.path.realpath(root) for root in self._roots)
+        return any(_below(folder, root) for root in self._resolved)
 
     def exists(self, path: Path) -> bool:
         return os.path.lexists(path)
@@ -125,5 +132,5 @@ def _last(table: Sequence[MountEntry], path: Path) -> MountEntry | None:
     return next((entry for entry in reversed(table) if entry.target == path), None)
 
 
-def _below(path: Path, root: Path) -> bool:
-    return path == root or root in path.parents
+def _below(folder: str, root: str) -> bool:
+    return folder == root or folder.startswith(root.rstrip("/") + "/")

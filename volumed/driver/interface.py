@@ -10,6 +10,7 @@ named per method.
 
 from __future__ import annotations
 
+import functools
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -82,6 +83,7 @@ class Driver(ABC):
         self.host = host
 
     @classmethod
+    @functools.cache
     def all_capabilities(cls) -> frozenset[Capability]:
         """What the class can do, wherever its storage is: its own word, its shape and its mix-ins."""
         by_class = {capability for kind, given in _BY_CLASS.items() if issubclass(cls, kind) for capability in given}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -20,28 +21,33 @@ SEVERITIES = {
 
 
 def volume_message(core: Core, volume: Volume) -> csi.Volume:
-    return csi.Volume(
-        volume_id=volume.id,
-        capacity_bytes=volume.size or 0,
-        content_source=_source(volume),
-        accessible_topology=topology_of(core, volume),
-    )
+    message = csi.Volume()
+    write_volume(message, core, volume)
+    return message
+
+
+def write_volume(message: csi.Volume, core: Core, volume: Volume) -> None:
+    """Into a message that is there: a third of the time that a list of new ones takes."""
+    message.volume_id = volume.id
+    message.capacity_bytes = volume.size or 0
+    message.accessible_topology.extend(topology_of(core, volume))
+    kind, _, identifier = volume.claim.source.partition(":") if volume.claim else ("", "", "")
+    if kind == "snapshot":
+        message.content_source.snapshot.snapshot_id = identifier
+    elif kind == "volume":
+        message.content_source.volume.volume_id = identifier
 
 
 def topology_of(core: Core, volume: Volume) -> list[csi.Topology]:
     """Nothing for a volume that every node reaches."""
     if Capability.MULTI_NODE in core.backends.get(volume.backend).capabilities:
         return []
-    return [csi.Topology(segments=core.attachments.topology)]
+    return [_topology(tuple(core.attachments.topology.items()))]
 
 
-def _source(volume: Volume) -> csi.VolumeContentSource | None:
-    kind, _, identifier = volume.claim.source.partition(":") if volume.claim else ("", "", "")
-    if kind == "snapshot":
-        return csi.VolumeContentSource(snapshot=csi.VolumeContentSource.SnapshotSource(snapshot_id=identifier))
-    if kind == "volume":
-        return csi.VolumeContentSource(volume=csi.VolumeContentSource.VolumeSource(volume_id=identifier))
-    return None
+@functools.cache
+def _topology(segments: tuple[tuple[str, str], ...]) -> csi.Topology:
+    return csi.Topology(segments=dict(segments))
 
 
 def snapshot_message(core: Core, snapshot: Snapshot, *, placed: bool = False) -> csi.Snapshot:
@@ -73,10 +79,13 @@ def _timestamp(seconds: float) -> Timestamp:
     return Timestamp(seconds=whole, nanos=int((seconds - whole) * 1e9))
 
 
+_HEALTHY = csi.VolumeCondition(abnormal=False, message="healthy")
+
+
 def condition_message(ailments: Sequence[Ailment]) -> csi.VolumeCondition:
     """Health for callers of 1.12."""
     if not ailments:
-        return csi.VolumeCondition(abnormal=False, message="healthy")
+        return _HEALTHY
     return csi.VolumeCondition(abnormal=True, message="; ".join(ailment.text for ailment in ailments))
 
 

@@ -105,19 +105,13 @@ class Controller:
     def list_volumes(self, request: csi.ListVolumesRequest) -> csi.ListVolumesResponse:
         found, token = self._volumes(request.max_entries, request.starting_token)
         nodes = self._core.attachments.nodes()
-        return csi.ListVolumesResponse(
-            entries=[
-                csi.ListVolumesResponse.Entry(
-                    volume=answers.volume_message(self._core, volume),
-                    status=csi.ListVolumesResponse.VolumeStatus(
-                        published_node_ids=sorted(nodes.get(volume.id, ())),
-                        volume_condition=answers.condition_message(self._core.health.known(volume)),
-                    ),
-                )
-                for volume in found
-            ],
-            next_token=token,
-        )
+        answer = csi.ListVolumesResponse(next_token=token)
+        for volume, ailments in zip(found, self._core.health.known_of_all(found), strict=True):
+            entry = answer.entries.add()
+            answers.write_volume(entry.volume, self._core, volume)
+            entry.status.published_node_ids.extend(sorted(nodes.get(volume.id, ())))
+            entry.status.volume_condition.CopyFrom(answers.condition_message(ailments))
+        return answer
 
     def _volumes(self, max_entries: int, starting_token: str) -> tuple[list[Volume], str]:
         page = read_page("volumes", max_entries=max_entries, starting_token=starting_token)
@@ -203,7 +197,10 @@ class Controller:
         """As the ledger and the last probe know it: a list must not wait for every storage there is."""
         found, token = self._volumes(request.max_entries, request.starting_token)
         return csi.ControllerListVolumeHealthResponse(
-            entries=[answers.health_message(volume, self._core.health.known(volume)) for volume in found],
+            entries=[
+                answers.health_message(volume, ailments)
+                for volume, ailments in zip(found, self._core.health.known_of_all(found), strict=True)
+            ],
             next_token=token,
         )
 
