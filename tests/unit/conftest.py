@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from volumed.config import BackendSettings, Settings
+from volumed.config import BackendSettings, CsiSettings, Settings
 from volumed.core.consumers.source import ConsumerSource, Hold
 from volumed.core.core import Core, ledger_path
 from volumed.core.drivers import DriverInfo, DriverRegistry
 from volumed.core.volumes import CreateVolume
-from volumed.driver import Host, Options
+from volumed.driver import Capability, Host, Options
 from volumed.model import Consumer, Engine, Volume
 from volumed.store.sqlite import SqliteStore
 from volumed.testing.fake_host import FakeHost
@@ -47,12 +47,15 @@ class Lab:
         self.host = FakeHost()
         self.storages: dict[str, MemoryStorage] = {}
         self.docker = FakeEngine(Engine.DOCKER)
+        self.root = folder / "pods"  # where an orchestrator may want its volumes
+        self.root.mkdir(parents=True)
         self._settings = Settings(
             **{
                 "state_dir": folder / "state",
                 "node": "node-1",
                 "default_backends": ("one",),
                 "consumer_grace": 0.0,
+                "csi": CsiSettings(target_roots=(self.root,)),
                 "backends": {name: BackendSettings(driver="memory") for name in ("one", "two")},
                 **settings,
             }
@@ -138,4 +141,11 @@ def make_lab(tmp_path: Path) -> Iterator[Callable[..., Lab]]:
 
 @pytest.fixture
 def lab(make_lab: Callable[..., Lab]) -> Lab:
+    return make_lab()
+
+
+@pytest.fixture
+def sized(make_lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch) -> Lab:
+    """Its driver enforces sizes."""
+    monkeypatch.setattr(MemoryDriver, "capabilities", MemoryDriver.capabilities | {Capability.SIZE})
     return make_lab()

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 from tests.unit.conftest import Lab
 from volumed import context
 from volumed.core.names import check_words
-from volumed.driver import Capability
 from volumed.errors import (
     AlreadyExists,
     BackendError,
@@ -26,7 +24,6 @@ from volumed.errors import (
     VolumedError,
 )
 from volumed.model import Ownership, VolumeMode, VolumeState
-from volumed.testing.memory import MemoryDriver
 
 
 def test_the_whole_life(lab: Lab) -> None:
@@ -236,13 +233,6 @@ def test_remove_that_fails_goes_on_later(lab: Lab) -> None:
 def test_expand(lab: Lab) -> None:
     with pytest.raises(NotSupported, match="has no size that could grow"):
         lab.core.volumes.expand(lab.create().name, 10)
-
-
-@pytest.fixture
-def sized(make_lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch) -> Lab:
-    """Its driver enforces sizes."""
-    monkeypatch.setattr(MemoryDriver, "capabilities", MemoryDriver.capabilities | {Capability.SIZE})
-    return make_lab()
 
 
 def test_growth(sized: Lab) -> None:
