@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import time
@@ -43,13 +44,13 @@ def host() -> LinuxHost:
     return LinuxHost()
 
 
-@pytest.fixture
-def make_filesystem(tmp_path: Path) -> Iterator[MakeFilesystem]:
-    """`make_filesystem("btrfs", size=1 << 30)` is a mounted file system of its own."""
+@contextlib.contextmanager
+def filesystems(folder: Path) -> Iterator[MakeFilesystem]:
+    """`make("btrfs", size=1 << 30)` is a mounted file system of its own, on a file in the folder."""
     made: list[Path] = []
 
     def make(kind: str, *, size: int = 1 << 30, options: tuple[str, ...] = ()) -> Path:
-        image, target = tmp_path / f"{kind}-{len(made)}.img", tmp_path / f"{kind}-{len(made)}"
+        image, target = folder / f"{kind}-{len(made)}.img", folder / f"{kind}-{len(made)}"
         with image.open("wb") as file:
             file.truncate(size)
         device = loop.attach(image, direct_io=False, readonly=False)
@@ -59,9 +60,17 @@ def make_filesystem(tmp_path: Path) -> Iterator[MakeFilesystem]:
         made.append(target)
         return target
 
-    yield make
-    for target in made:
-        mounts.unmount(target)
-        device = loop.find(target.with_suffix(".img"))
-        if device:
-            loop.detach(device)
+    try:
+        yield make
+    finally:
+        for target in made:
+            mounts.unmount(target)
+            device = loop.find(target.with_suffix(".img"))
+            if device:
+                loop.detach(device)
+
+
+@pytest.fixture
+def make_filesystem(tmp_path: Path) -> Iterator[MakeFilesystem]:
+    with filesystems(tmp_path) as make:
+        yield make

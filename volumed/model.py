@@ -14,6 +14,9 @@ from typing import NewType
 
 import msgspec
 
+# The label with the PersistentVolumeClaim that a volume was made for, as namespace/name.
+PVC = "kubernetes.pvc"
+
 VolumeId = NewType("VolumeId", str)
 SnapshotId = NewType("SnapshotId", str)
 GroupSnapshotId = NewType("GroupSnapshotId", str)

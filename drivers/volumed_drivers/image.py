@@ -254,8 +254,8 @@ class ImageDriver(
         """By where their data lies: what two files share is the same. Copies share nothing, and are read."""
         before, after = self._present(self._snapshot(base)), self._present(self._snapshot(target))
         if self._reflink:
-            return differing_extents(self.host.extents(before), self.host.extents(after))
-        return _differing_bytes(before, after)
+            return merged(differing_extents(self.host.extents(before), self.host.extents(after)))
+        return merged(_differing_bytes(before, after))
 
     def _present(self, image: Path) -> Path:
         if not image.exists():
@@ -340,16 +340,21 @@ def differing_extents(before: Sequence[FileExtent], after: Sequence[FileExtent])
     """Runs that do not lie at the same place on disk in both files."""
     bounds = sorted({edge for extent in (*before, *after) for edge in (extent.offset, extent.offset + extent.length)})
     old, new = _Cursor(before), _Cursor(after)
-    run: Extent | None = None
     for start, end in itertools.pairwise(bounds):
-        if old.at(start) == new.at(start):
-            continue
-        if run is not None and run.offset + run.length == start:
-            run = Extent(run.offset, end - run.offset)
+        if old.at(start) != new.at(start):
+            yield Extent(start, end - start)
+
+
+def merged(extents: Iterable[Extent]) -> Iterator[Extent]:
+    """Those that touch as one."""
+    run: Extent | None = None
+    for extent in extents:
+        if run is not None and run.offset + run.length == extent.offset:
+            run = Extent(run.offset, run.length + extent.length)
             continue
         if run is not None:
             yield run
-        run = Extent(start, end - start)
+        run = extent
     if run is not None:
         yield run
 

@@ -186,6 +186,11 @@ arguments = {json.dumps(list(podman or ()))}
             if entry.target.parent == self.state / "mounts"
         }
 
+    def targets_mounted(self) -> list[Path]:
+        """Paths of orchestrators that have something mounted, the innermost first."""
+        entries = parse_mountinfo(Path("/proc/self/mountinfo").read_text())
+        return [entry.target for entry in reversed(entries) if entry.target.is_relative_to(self.targets)]
+
     def loops(self) -> list[Path]:
         return [found.backing_file for found in loop.attached() if found.backing_file.is_relative_to(self.folder)]
 
@@ -196,6 +201,7 @@ arguments = {json.dumps(list(podman or ()))}
 
     def assert_nothing_left(self) -> None:
         assert self.mounted() == {}
+        assert self.targets_mounted() == []
         assert self.loops() == []
         assert self.stored() == []
         assert list((self.state / "mounts").iterdir()) == []
@@ -207,6 +213,8 @@ arguments = {json.dumps(list(podman or ()))}
         if self.running():
             self.kill()
         self.plugin_socket.unlink(missing_ok=True)
+        for path in self.targets_mounted():
+            mounts.unmount(path)
         for path in sorted((self.state / "mounts").glob("*")):
             mounts.unmount(path)
         for found in list(loop.attached()):

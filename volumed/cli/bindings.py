@@ -12,7 +12,7 @@ from volumed.cli.session import Session, pass_session
 COLUMNS = {
     "VOLUME": "volume",
     "ENGINE": "engine",
-    "CONTAINER": "container",
+    "USED BY": "container",
     "ID": "short_id",
     "IMAGE": "image",
     "AT": "target",
@@ -24,17 +24,28 @@ COLUMNS = {
 
 def consumers_of(binding: dict[str, Any]) -> list[str]:
     """For a line: the names of its containers, or what else is known of the hold."""
-    names = [consumer["name"] or consumer["id"][:12] for consumer in binding["consumers"]]
+    if binding["staging"]:
+        return []
+    names = [_name(consumer) for consumer in binding["consumers"]]
     return names or [f"{binding['engine']}:{binding['mount_id'][:12]}"]
 
 
+def _name(consumer: dict[str, Any]) -> str:
+    """A container's name alone; of all others what they are, too."""
+    name = consumer["name"] or consumer["id"][:12] or "?"
+    return name if consumer["kind"] == "container" else f"{consumer['kind']} {name}"
+
+
 def rows(bindings: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row per container; a hold whose container nobody has named yet has one too."""
-    nobody = {"id": "", "name": "?", "image": "", "target": "", "readonly": False}
+    """A row per container, pod, ...; a hold whose container nobody has named yet has one too."""
+    nobody = {"id": "", "name": "?", "image": "", "target": "", "readonly": False, "kind": "container"}
+    nobody_yet = nobody | {"name": "(staged, and used by nobody yet)"}
+    used = {binding["volume_id"] for binding in bindings if not binding.get("staging")}
     return [
         {
             **binding,
-            "container": consumer["name"] or "?",
+            "volume": f"{binding['volume']} ({binding['claim']})" if binding.get("claim") else binding["volume"],
+            "container": _name(consumer),
             "short_id": consumer["id"][:12] or binding["mount_id"][:12],
             "image": consumer["image"],
             "target": consumer["target"],
@@ -43,7 +54,8 @@ def rows(bindings: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "ended": f"{ago(binding['until'])} ({binding['reason']})" if "until" in binding else "",
         }
         for binding in bindings
-        for consumer in binding["consumers"] or [nobody]
+        if not binding.get("staging") or binding["volume_id"] not in used
+        for consumer in binding["consumers"] or [nobody_yet if binding.get("staging") else nobody]
     ]
 
 

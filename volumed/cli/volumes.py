@@ -13,6 +13,8 @@ from volumed.cli.output import ago, size
 from volumed.cli.session import Session, confirm, pass_session
 
 PAGE = 5000
+# The label with the PersistentVolumeClaim that a volume was made for, as namespace/name.
+CLAIM = "kubernetes.pvc"
 
 
 def _octal(_: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -137,10 +139,12 @@ def ls(session: Session, backend: str | None, labels: tuple[str, ...], quiet: bo
     rows = [
         volume
         | {"shown": size(volume["size"]), "fs": volume["filesystem"] or "", "when": ago(volume["created"])}
-        | {"users": ", ".join(used.get(volume["id"], []))}
+        | {"users": ", ".join(used.get(volume["id"], [])), "claim": volume["labels"].get(CLAIM, "")}
         for volume in found
     ]
     columns = {"NAME": "name", "BACKEND": "backend", "SIZE": "shown", "FS": "fs", "STATE": "state"}
+    if any(row["claim"] for row in rows):
+        columns["CLAIM"] = "claim"
     session.output.table(rows, columns | {"CREATED": "when", "USED BY": "users"}, empty="there are no volumes")
 
 

@@ -92,7 +92,10 @@ class Pending(Generic[T]):
 
     async def outcome(self) -> T:
         """As `wait`, in an event loop."""
-        done, _ = await asyncio.wait([asyncio.wrap_future(self._future)], timeout=context.remaining(WORK_TIMEOUT))
+        waited = asyncio.wrap_future(self._future)
+        # An error that comes after we stopped waiting is told by what the job leaves, not by asyncio in the log.
+        waited.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        done, _ = await asyncio.wait([waited], timeout=context.remaining(WORK_TIMEOUT))
         return self._future.result() if done else self._overdue()
 
     def _overdue(self) -> T:

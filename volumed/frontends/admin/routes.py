@@ -42,7 +42,7 @@ from volumed.frontends.admin.schemas import (
     VolumePage,
     VolumeView,
 )
-from volumed.model import Binding, Volume
+from volumed.model import PVC, Binding, Volume
 
 MAX_PAGE = 10_000
 _encode = msgspec.json.Encoder().encode
@@ -123,7 +123,11 @@ def _fields(record: msgspec.Struct, *without: str) -> dict[str, Any]:
 
 def _binding(core: Core, binding: Binding) -> BindingView:
     volume = core.repository.volume(binding.volume_id)
-    return BindingView(volume=volume.name if volume else "", **_fields(binding))
+    return BindingView(
+        volume=volume.name if volume else "",
+        claim=volume.labels.get(PVC, "") if volume else "",
+        **_fields(binding, "block", "mount_options", "group"),
+    )
 
 
 def _snapshots(core: Core) -> APIRouter:
@@ -156,7 +160,7 @@ def _bindings(core: Core) -> APIRouter:
     def all_bindings() -> list[BindingView]:
         return [_binding(core, binding) for binding in core.bindings.all()]
 
-    @router.get("/consumers/{reference}")
+    @router.get("/consumers/{reference:path}")
     def what(reference: str) -> list[BindingView]:
         """What a container uses: by its name, its id or the beginning of it."""
         found = core.bindings.of_consumer(reference)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from volumed.core.volumes import CreateVolume
 from volumed.errors import InvalidRequest
-from volumed.model import Engine, Ownership, SnapshotState, VolumeMode, VolumeState
+from volumed.model import AccessMode, Engine, Ownership, SnapshotState, VolumeMode, VolumeState
 from volumed.units import MAX_SIZE, parse_size
 
 
@@ -86,10 +86,13 @@ class ConsumerView(View):
     pid: int
     target: str
     readonly: bool
+    kind: str = Field(description="container, pod, allocation, ...")
+    details: dict[str, str] = Field(description="What else its engine said")
 
 
 class BindingView(View):
     volume: str
+    claim: str = Field(description="The PersistentVolumeClaim that the volume was made for, as namespace/name")
     volume_id: str
     node: str
     engine: Engine
@@ -97,6 +100,10 @@ class BindingView(View):
     since: datetime
     count: int
     consumers: list[ConsumerView]
+    path: str = Field(description="Where an orchestrator has it; empty: the engine uses the volume's own mount")
+    staging: bool = Field(description="Held by the orchestrator itself, for whoever comes")
+    access: AccessMode | None
+    readonly: bool
 
 
 class HistoricBindingView(View):

@@ -15,14 +15,14 @@ from volumed.errors import InvalidRequest, NotFound, OutOfRange
 from volumed.frontends.csi.capabilities import ACCESS_MODES
 from volumed.frontends.csi.proto import csi_pb2 as csi
 from volumed.frontends.volume_options import read_create
-from volumed.model import Claim, Volume, VolumeMode
+from volumed.model import PVC, Claim, Volume, VolumeMode
 from volumed.units import MAX_SIZE, parse_size
 
 MAX_ID = 128  # bytes of an id or name (CSI specification, "Size Limits")
 MAX_MAP = 4096  # bytes of a map
 # What Kubernetes' sidecars and kubelet add of their own, in parameters and contexts.
 KUBERNETES = "csi.storage.k8s.io/"
-PVC, PV = "kubernetes.pvc", "kubernetes.pv"  # labels of ours
+PV = "kubernetes.pv"  # a label of ours, as PVC is
 _LARGEST_GROUP = 2**32 - 2
 
 
