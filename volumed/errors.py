@@ -82,13 +82,9 @@ class OperationPending(VolumedError):
 
 
 class NotSupported(VolumedError):
-    """The backend lacks a capability; `capability` is its name, where it is one."""
+    """The backend lacks a capability."""
 
     code = "not_supported"
-
-    def __init__(self, text: str, *, capability: str | None = None, subject: str = "", hint: str = "") -> None:
-        super().__init__(text, subject=subject, hint=hint)
-        self.capability = capability
 
 
 class CapacityExhausted(VolumedError):

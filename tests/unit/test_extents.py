@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,7 +41,7 @@ def test_every_difference_and_nothing_else(old: list[int | None], changes: dict[
     told = list(merged(differing_extents(file_extents(old), file_extents(new))))
     seen = {offset for extent in told for offset in range(extent.offset, extent.offset + extent.length)}
     assert seen == {offset for offset in range(SIZE) if old[offset] != new[offset]}
-    assert all(one.offset + one.length < two.offset for one, two in zip(told, told[1:], strict=False))
+    assert all(one.offset + one.length < two.offset for one, two in itertools.pairwise(told))
 
 
 def test_a_place_that_is_not_known_may_differ() -> None:

@@ -148,7 +148,7 @@ class Backend:
             reason = f"{capability} is turned off in the configuration"
         else:
             reason = self.lacking.get(capability, f"driver {self.driver_name} has no {capability}")
-        raise NotSupported(reason, capability=capability, subject=f"backend {self.name}")
+        raise NotSupported(reason, subject=f"backend {self.name}")
 
     def probe(self) -> None:
         """Look at the storage; what is found, or the error, is kept in `health`, `lacking` and `facts`."""

@@ -17,6 +17,7 @@ from volumed.errors import HostError, InUse, InvalidRequest
 from volumed.testing import crash
 
 MAX_PATH = 4095  # PATH_MAX without its NUL
+MAX_NAME = 255  # NAME_MAX
 # What a bind mount can have of its own (mount(8), "bind mount operation"); the rest belongs to the file system.
 PER_MOUNT = frozenset(
     {"ro", "rw", "nosuid", "suid", "nodev", "dev", "noexec", "exec", "noatime", "atime", "nodiratime", "diratime"}
@@ -40,8 +41,11 @@ class Targets:
             raise InvalidRequest(f"no {what} is given")
         if "\0" in text or len(os.fsencode(text)) > MAX_PATH or not text.startswith("/"):
             raise InvalidRequest(f"{what} {text[:100]!r} is no absolute path")
-        if ".." in text.split("/"):
+        parts = text.split("/")
+        if ".." in parts:
             raise InvalidRequest(f"{what} {text[:100]!r} leads upwards")
+        if any(len(os.fsencode(part)) > MAX_NAME for part in parts):
+            raise InvalidRequest(f"{what} {text[:100]!r} has a name of more than {MAX_NAME} bytes")
         path = os.path.normpath(text)
         if not self._allowed(os.path.realpath(os.path.dirname(path))):  # noqa: PTH120 (many times a second)
             raise InvalidRequest(

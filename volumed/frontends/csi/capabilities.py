@@ -64,7 +64,7 @@ def available(core: Core) -> frozenset[Capability]:
 def require(core: Core, capability: Capability) -> None:
     """Raises NotSupported when no backend can do it: then the call is one that this plugin does not have."""
     if capability not in available(core):
-        raise NotSupported(f"no configured backend has the capability {capability}", capability=capability)
+        raise NotSupported(f"no configured backend has the capability {capability}")
 
 
 def plugin(core: Core) -> list[csi.PluginCapability]:

@@ -23,6 +23,7 @@ from google.protobuf.message import Message
 
 from volumed import context
 from volumed.core.core import Core
+from volumed.driver import Capability
 from volumed.errors import ConfigError, NotSupported, VolumedError
 from volumed.frontends.csi.capabilities import available
 from volumed.frontends.csi.controller import Controller
@@ -162,14 +163,24 @@ class _Call:
         extra = {"endpoint": self._name}
         if isinstance(error, VolumedError):
             _log.info("%s refused: %s", self._name, error, extra=extra)
-            return _code(error, self._core), str(error)
+            return _code(error, self._name, self._core), str(error)
         _log.error("%s failed", self._name, exc_info=error, extra=extra)
         return "INTERNAL", f"a bug of volumed: see its log for request {self._identifier}"
 
 
-def _code(error: VolumedError, core: Core) -> str:
-    """A call for what no backend can do is one that this plugin does not have."""
-    if isinstance(error, NotSupported) and error.capability is not None and error.capability not in available(core):
+# Calls that are all about one ability. Where no backend has it, this plugin does not have the call.
+_NEEDED: Mapping[str, Capability] = {
+    "CreateSnapshot": Capability.SNAPSHOT,
+    "CreateVolumeGroupSnapshot": Capability.GROUP_SNAPSHOT,
+    "GetMetadataAllocated": Capability.CHANGED_BLOCKS,
+    "GetMetadataDelta": Capability.CHANGED_BLOCKS,
+    "ControllerExpandVolume": Capability.EXPAND,
+    "NodeExpandVolume": Capability.EXPAND,
+}
+
+
+def _code(error: VolumedError, name: str, core: Core) -> str:
+    if isinstance(error, NotSupported) and name in _NEEDED and _NEEDED[name] not in available(core):
         return "UNIMPLEMENTED"
     return status_of(error).grpc
 
