@@ -16,7 +16,7 @@ from volumed.model import Consumer, Engine
 _POD = re.compile(r"/pods/([^/]+)/volumes/kubernetes\.io~csi/[^/]+/mount$")
 _POD_DEVICE = re.compile(r"/plugins/kubernetes\.io/csi/volumeDevices/publish/[^/]+/([^/]+)$")
 _ALLOCATION = re.compile(r"/per-alloc/([^/]+)/")
-_SWARM = re.compile(r"^/data/(?:staged|published)/([^/]+)")
+_SWARM = re.compile(r"/data/(?:staged|published)/([^/]+)$")
 # Any path of theirs, staging paths too.
 _PATHS = (
     (re.compile(r"/plugins/kubernetes\.io/csi/|/pods/[^/]+/volumes/"), Engine.KUBERNETES),
