@@ -3,7 +3,6 @@ request that was cut short succeeds when it is made again."""
 
 from __future__ import annotations
 
-import ast
 import http.client
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,28 +11,20 @@ from typing import Any
 import pytest
 
 from tests.conftest import MakeFilesystem, wait_until
+from tests.crash.killing import CSI_AREAS, assert_agree, crash_points, live_through
+from tests.crash.test_csi_crash_points import CASES as CSI_CASES
 from tests.harness.volumed import ApiError, Volumed
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
-ROOT = Path(__file__).parents[2]
 BACKENDS = ("local", "sized", "tree")
-
-
-def crash_points() -> list[str]:
-    """Every `crash.point("name")` of the sources: a new one is tested without a word here."""
-    found: set[str] = set()
-    for folder in ("volumed", "drivers"):
-        for path in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Call) and ast.unparse(node.func) == "crash.point":
-                    found.add(ast.literal_eval(node.args[0]))
-    return sorted(found)
 
 
 def is_passed(backend: str, point: str) -> bool:
     """Whether the life of a volume on this backend passes the point. `lvm`: tests/vm."""
     area = point.partition(".")[0]
+    if area in CSI_AREAS:
+        return False  # tests/crash/test_csi_crash_points.py
     own = {"local": "directory", "sized": "image", "tree": "btrfs"}
     if area in ("directory", "image", "btrfs", "lvm"):
         return area == own[backend]
@@ -50,7 +41,7 @@ CASES = [(backend, point) for point in crash_points() for backend in BACKENDS if
 
 
 def test_every_crash_point_is_tried() -> None:
-    tried = {point for _, point in CASES}
+    tried = {point for _, point in (*CASES, *CSI_CASES)}
     assert {point for point in crash_points() if not point.startswith("lvm.")} - tried == {"journal.settled"}
 
 
@@ -172,47 +163,9 @@ class Life:
         assert answer.error == "" or "no such volume" in answer.error, answer
 
 
-def live_through(volumed: Volumed, backend: str, point: str) -> int:
-    """The whole life, killed once at the point; how often it was killed."""
-    volumed.start(env={"VOLUMED_CRASH_AT": point})
-    killed = 0
-    for step in Life(volumed, backend).steps():
-        try:
-            step()
-        except (OSError, http.client.HTTPException, ApiError) as error:
-            if isinstance(error, ApiError) and error.code != "unreachable":
-                raise
-            assert volumed.wait_end() == -9, volumed.log()[-3000:]
-            killed += 1
-            # The same point may be passed on the way back: then it dies there again, before it serves anybody.
-            volumed.start(env={"VOLUMED_CRASH_AT": point}, wait=False)
-            try:
-                volumed.wait_ready()
-            except AssertionError:
-                volumed.start()
-            else:
-                volumed.kill()
-                volumed.start()
-            assert_agree(volumed)
-            step()
-    return killed
-
-
-def assert_agree(volumed: Volumed) -> None:
-    """Ledger, mount table, loop devices and storage, right after the start."""
-    assert volumed.api.get("doctor") == []
-    known = {volume["id"] for volume in volumed.api.get("volumes")["volumes"]}
-    bound = {binding["volume_id"] for binding in volumed.bindings()}
-    assert set(volumed.mounted()) == bound
-    devices = [path.stem for path in volumed.loops() if path.suffix == ".img" and path.stem.startswith("v")]
-    assert set(devices) <= bound
-    assert {path.name for path in (volumed.state / "mounts").iterdir()} <= known
-    assert {name.removeprefix(".new-").removeprefix(".trash-").partition(".")[0] for name in volumed.stored()} <= known
-
-
 @pytest.mark.parametrize(("backend", "point"), CASES)
 def test_killed_at(volumed: Volumed, backend: str, point: str) -> None:
-    assert live_through(volumed, backend, point) == 1, f"{point} was not passed"
+    assert live_through(volumed, Life(volumed, backend).steps(), point) == 1, f"{point} was not passed"
     volumed.assert_nothing_left()
 
 
