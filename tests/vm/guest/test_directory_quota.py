@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import sh
-from volumed.driver import VolumeSpec
+from volumed.driver import Capability, VolumeSpec
 from volumed.host.linux import LinuxHost
 from volumed.model import VolumeMode, new_volume_id
 from volumed.testing.conformance import DriverConformance, MakeDriver
@@ -49,8 +49,8 @@ class TestDirectoryDriver(DriverConformance):
         return lambda: DirectoryDriver("folders", DirectoryOptions(path=folder), LinuxHost())
 
 
-def test_nothing_is_lacking(folder: Path) -> None:
-    assert make(folder).probe().lacking == {}
+def test_sizes_are_not_lacking(folder: Path) -> None:
+    assert set(make(folder).probe().lacking) == {Capability.MULTI_NODE}
 
 
 def test_used_is_what_was_written(folder: Path) -> None:
