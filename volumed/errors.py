@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+from volumed.redact import blank
+
 
 class VolumedError(Exception):
     """Base of all expected errors.
@@ -21,10 +23,8 @@ class VolumedError(Exception):
     retry_after: float | None = None
 
     def __init__(self, text: str, *, subject: str = "", hint: str = "", retry_after: float | None = None) -> None:
-        super().__init__(text)
-        self.text = text
-        self.subject = subject
-        self.hint = hint
+        self.text, self.subject, self.hint = blank(text), blank(subject), blank(hint)
+        super().__init__(self.text)
         if retry_after is not None:
             self.retry_after = retry_after
 

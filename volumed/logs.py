@@ -10,6 +10,7 @@ import sys
 from datetime import UTC, datetime
 
 from volumed import context
+from volumed.redact import blank
 
 JOURNAL = "/run/systemd/journal/socket"
 FIELDS = ("volume", "backend", "event", "operation", "endpoint", "engine", "container")
@@ -54,7 +55,7 @@ class TextFormatter(logging.Formatter):
         line = f"{time} {record.levelname.lower():7} [{context.request_id.get()}] {record.getMessage()}"
         # A name with a newline in it must not forge a line; a traceback is ours and keeps its own.
         line = line.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
-        return line + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
+        return blank(line + ("\n" + self.formatException(record.exc_info) if record.exc_info else ""))
 
 
 class JsonFormatter(logging.Formatter):
@@ -68,7 +69,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line)
+        return json.dumps({key: blank(value) for key, value in line.items()})
 
 
 class JournalHandler(logging.Handler):
@@ -85,7 +86,7 @@ class JournalHandler(logging.Handler):
         if record.exc_info:
             message += "\n" + logging.Formatter().formatException(record.exc_info)
         entry = {
-            "MESSAGE": message,
+            "MESSAGE": blank(message),
             "PRIORITY": str(_PRIORITY.get(record.levelno, 6)),
             "SYSLOG_IDENTIFIER": "volumed",
             "CODE_MODULE": record.name,
@@ -94,7 +95,7 @@ class JournalHandler(logging.Handler):
         try:
             self._socket.sendto(b"".join(_field(key, value) for key, value in entry.items()), self._address)
         except OSError:  # the journal is restarting: the daemon must not fall with it
-            sys.stderr.write(message + "\n")
+            sys.stderr.write(blank(message) + "\n")
 
 
 def _field(key: str, value: str) -> bytes:
