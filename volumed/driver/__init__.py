@@ -1,7 +1,7 @@
 """The public interface for driver authors: everything a driver imports is here, in model and in errors."""
 
 from volumed.driver.capability import Capability
-from volumed.driver.host import Completed, FileExtent, Host, Loop, MountEntry
+from volumed.driver.host import Completed, FileExtent, Helper, Host, Loop, MountEntry, TreeStatus
 from volumed.driver.interface import (
     BlockDriver,
     Capacity,
@@ -12,17 +12,22 @@ from volumed.driver.interface import (
     FilesystemDriver,
     Found,
     FoundSnapshot,
+    Holder,
     Probe,
+    SupportsAttach,
     SupportsCapacity,
     SupportsChangedBlocks,
     SupportsClone,
     SupportsExpand,
+    SupportsFencing,
     SupportsGroupSnapshots,
+    SupportsImport,
     SupportsModify,
     SupportsSnapshots,
     VolumeSpec,
 )
 from volumed.driver.options import NoOptions, Options
+from volumed.driver.secret import Secret
 
 __all__ = [
     "BlockDriver",
@@ -37,18 +42,25 @@ __all__ = [
     "FilesystemDriver",
     "Found",
     "FoundSnapshot",
+    "Helper",
+    "Holder",
     "Host",
     "Loop",
     "MountEntry",
     "NoOptions",
     "Options",
     "Probe",
+    "Secret",
+    "SupportsAttach",
     "SupportsCapacity",
     "SupportsChangedBlocks",
     "SupportsClone",
     "SupportsExpand",
+    "SupportsFencing",
     "SupportsGroupSnapshots",
+    "SupportsImport",
     "SupportsModify",
     "SupportsSnapshots",
+    "TreeStatus",
     "VolumeSpec",
 ]

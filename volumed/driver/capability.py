@@ -19,3 +19,6 @@ class Capability(enum.StrEnum):
     CHANGED_BLOCKS = "changed-blocks"  # tells which blocks of a snapshot hold data, and which differ between two
     MODIFY = "modify"  # some of a volume's options can be changed later
     CAPACITY = "capacity"  # the backend tells how much room it has
+    ATTACH = "attach"  # its volumes are attached to a machine before they can be used there
+    FENCING = "fencing"  # knows who has a volume open, and can cut one of them off
+    IMPORT = "import"  # what volumed did not make can become a volume

@@ -48,6 +48,26 @@ class FileExtent(NamedTuple):
     written: bool  # False: reserved, and reads as zeros
 
 
+class TreeStatus(NamedTuple):
+    """Of a mounted file system, as statvfs(3) tells it: bytes and inodes; no inodes where they are made as needed."""
+
+    total: int
+    used: int
+    available: int
+    inodes: int
+    inodes_used: int
+    inodes_available: int
+
+
+class Helper(NamedTuple):
+    """A process that holds a mount or a device and outlives the daemon: a FUSE client, a block exporter."""
+
+    name: str
+    pid: int
+    argv: tuple[str, ...]
+    running: bool
+
+
 class Host(ABC):
     """Linux, as far as drivers need it.
 
@@ -87,6 +107,63 @@ class Host(ABC):
     @abstractmethod
     def unmount(self, target: Path) -> None:
         """Take away the mount at `target`; nothing happens when there is none. Raises InUse naming who holds it."""
+
+    # Storage across a network: whatever may wait for a server happens in a child that is killed at the deadline
+    @abstractmethod
+    def mount_network(
+        self,
+        source: str,
+        target: Path,
+        *,
+        fstype: str,
+        options: Sequence[str] = (),
+        readonly: bool = False,
+        timeout: float = 60.0,
+        secrets: Sequence[str] = (),
+    ) -> None:
+        """As `mount`, by mount(8) and its helper for the type. Raises MountFailed with what that said,
+        DeadlineExceeded. After either nothing of it is mounted."""
+
+    @abstractmethod
+    def unmount_network(self, target: Path, *, timeout: float = 30.0, force: bool = False) -> None:
+        """As `unmount`, never waiting for the server. `force`: what is on its way there is given up (MNT_FORCE).
+        Raises InUse naming who holds it, DeadlineExceeded."""
+
+    @abstractmethod
+    def tree_status(self, path: Path, *, timeout: float = 5.0) -> TreeStatus:
+        """statvfs(3). Raises DeadlineExceeded when the server does not answer, HostError, for a stale handle too."""
+
+    # Helpers
+    @abstractmethod
+    def start_helper(self, name: str, argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None) -> Helper:
+        """Start a process that outlives the daemon: in a systemd scope of its own where systemd runs, else in a
+        session of its own. One that runs already under this name is returned. `name`: letters, digits and dashes.
+        What it prints goes to a log that `helper_log` reads. Raises CommandFailed when it cannot be started."""
+
+    @abstractmethod
+    def helper(self, name: str) -> Helper | None:
+        """The helper of this name, running or dead but not yet forgotten; found again after a restart."""
+
+    @abstractmethod
+    def helpers(self, prefix: str) -> Sequence[Helper]:
+        """All whose names begin so."""
+
+    @abstractmethod
+    def helper_log(self, name: str, *, limit: int = 2000) -> str:
+        """The end of what it printed."""
+
+    @abstractmethod
+    def stop_helper(self, name: str, *, timeout: float = 10.0) -> None:
+        """End it (SIGTERM, then SIGKILL) and forget it. None there is success."""
+
+    # Devices
+    @abstractmethod
+    def find_device(self, properties: Mapping[str, str]) -> Path | None:
+        """The block device whose udev properties have these values ({"ID_SERIAL": "vol0123"}), or None."""
+
+    @abstractmethod
+    def wait_for_device(self, properties: Mapping[str, str], *, timeout: float) -> Path:
+        """As `find_device`, waiting for the kernel's event. Raises DeadlineExceeded."""
 
     @abstractmethod
     def is_mountpoint(self, path: Path) -> bool:

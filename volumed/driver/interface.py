@@ -15,6 +15,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
 from volumed.driver.capability import Capability
@@ -24,12 +25,17 @@ from volumed.model import Handle, SnapshotId, VolumeId, VolumeMode
 
 
 class VolumeSpec(NamedTuple):
-    """A volume to be made. `options` is an instance of the driver's `VolumeOptions`."""
+    """A volume to be made. `options` is an instance of the driver's `VolumeOptions`.
+
+    `mark`: what core wants to read again should the ledger be lost (name, file system, ...): short text, few keys.
+    A driver keeps it with the volume where the storage can hold such a thing, and tells it in `Found`.
+    """
 
     id: VolumeId
     size: int | None  # bytes; a block driver always gets one
     mode: VolumeMode
     options: Options
+    mark: Mapping[str, str] = MappingProxyType({})
 
 
 class CreatedVolume(NamedTuple):
@@ -45,10 +51,11 @@ class Facts(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A volume of ours on the storage, finished or not."""
+    """A volume of ours on the storage, finished or not. `mark`: as `VolumeSpec` had it; empty where none is kept."""
 
     handle: Handle
     volume_id: VolumeId
+    mark: Mapping[str, str] = MappingProxyType({})
 
 
 class FoundSnapshot(NamedTuple):
@@ -233,6 +240,67 @@ class SupportsCapacity(ABC):
         """Bytes, as the storage counts them."""
 
 
+class SupportsAttach(ABC):
+    """Storage that must be told which machine will reach a volume before `map` on that machine can find it (a cloud's
+    disks). Machines go by the storage's own names for them. Core calls with the volume's lock held, keeps the ledger
+    of who is meant to have what, and never attaches a volume to a second machine unless an access mode says so."""
+
+    @abstractmethod
+    def identity(self) -> str:
+        """This machine as the storage names it; written into the node's record for whoever attaches from elsewhere.
+        Raises BackendUnavailable where it cannot be told."""
+
+    @abstractmethod
+    def attach(self, handle: Handle, machine: str) -> None:
+        """Returns when the machine can see it. The same again is success. Raises InUse naming the machine that has it,
+        CapacityExhausted when the machine takes no more, PreconditionFailed when it can never reach it."""
+
+    @abstractmethod
+    def detach(self, handle: Handle, machine: str, *, force: bool = False) -> None:
+        """Returns when the machine has let go. Not attached, or gone, is success. `force`: the machine is dead, or an
+        operator says so; what it had not written is lost."""
+
+    @abstractmethod
+    def machines(self, handle: Handle) -> Sequence[str]:
+        """Who has it attached now, as the storage knows."""
+
+
+class Holder(NamedTuple):
+    """Somebody who has a volume open, as its storage sees it."""
+
+    id: str  # the storage's own name: a client's address and nonce, an instance
+    node: str  # volumed's name of the node where the storage tells it, else empty
+    ours: bool  # it is this very node
+    text: str  # for people
+
+
+class SupportsFencing(ABC):
+    """Storage that knows who has a volume open, and can cut one of them off."""
+
+    @abstractmethod
+    def holders(self, handle: Handle) -> Sequence[Holder]:
+        """Everybody who could still write to it, this node included."""
+
+    @abstractmethod
+    def fence(self, handle: Handle, holder: Holder) -> None:
+        """From its return on nothing that this holder writes reaches the volume any more. Fenced already, or gone, is
+        success. Never this node itself."""
+
+
+class SupportsImport(ABC):
+    """Storage whose objects that volumed did not make can become volumes of ours, with their data."""
+
+    @abstractmethod
+    def importable(self) -> Iterable[str]:
+        """References of what could be adopted: names as the storage's own tools show them."""
+
+    @abstractmethod
+    def adopt(self, reference: str, spec: VolumeSpec) -> CreatedVolume:
+        """Make it the volume `spec.id`, marked as ours; its data stays as it is. The same again is success. Raises
+        NotFound, InUse while somebody has it open, InvalidRequest for what cannot be a volume of this mode.
+        `spec.size` None: as large as it is."""
+
+
 _BY_CLASS: Mapping[type, tuple[Capability, ...]] = {
     FilesystemDriver: (Capability.FILESYSTEM,),
     BlockDriver: (Capability.FILESYSTEM, Capability.BLOCK),  # core puts a file system on its devices
@@ -243,4 +311,7 @@ _BY_CLASS: Mapping[type, tuple[Capability, ...]] = {
     SupportsModify: (Capability.MODIFY,),
     SupportsClone: (Capability.CLONE,),
     SupportsCapacity: (Capability.CAPACITY,),
+    SupportsAttach: (Capability.ATTACH,),
+    SupportsFencing: (Capability.FENCING,),
+    SupportsImport: (Capability.IMPORT,),
 }

@@ -10,9 +10,10 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from volumed.driver import Completed, FileExtent, Host, Loop, MountEntry
+from volumed.driver import Completed, FileExtent, Helper, Host, Loop, MountEntry, TreeStatus
 from volumed.errors import HostError, NotSupported
-from volumed.host import extents, loop, mounts, quota
+from volumed.host import devices, extents, loop, mounts, network, quota
+from volumed.host.helpers import Helpers
 from volumed.host.run import run
 
 FICLONE = 0x40049409
@@ -22,6 +23,7 @@ BLKROSET = 0x125D
 class LinuxHost(Host):
     def __init__(self) -> None:
         self._table = mounts.MountTable()
+        self._helpers = Helpers()
 
     def run(
         self,
@@ -61,6 +63,51 @@ class LinuxHost(Host):
             target = Path(folder)
             self.mount(device, target, fstype=fstype, options=options)
             self.unmount(target)
+
+    # Storage across a network
+    def mount_network(
+        self,
+        source: str,
+        target: Path,
+        *,
+        fstype: str,
+        options: Sequence[str] = (),
+        readonly: bool = False,
+        timeout: float = 60.0,
+        secrets: Sequence[str] = (),
+    ) -> None:
+        network.mount(
+            source, target, fstype=fstype, options=options, readonly=readonly, timeout=timeout, secrets=secrets
+        )
+
+    def unmount_network(self, target: Path, *, timeout: float = 30.0, force: bool = False) -> None:
+        network.unmount(target, timeout=timeout, force=force)
+
+    def tree_status(self, path: Path, *, timeout: float = 5.0) -> TreeStatus:
+        return network.status(path, timeout=timeout)
+
+    # Helpers
+    def start_helper(self, name: str, argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None) -> Helper:
+        return self._helpers.start(name, argv, env=env)
+
+    def helper(self, name: str) -> Helper | None:
+        return self._helpers.find(name)
+
+    def helpers(self, prefix: str) -> Sequence[Helper]:
+        return list(self._helpers.find_all(prefix))
+
+    def helper_log(self, name: str, *, limit: int = 2000) -> str:
+        return self._helpers.log(name, limit)
+
+    def stop_helper(self, name: str, *, timeout: float = 10.0) -> None:
+        self._helpers.stop(name, timeout=timeout)
+
+    # Devices
+    def find_device(self, properties: Mapping[str, str]) -> Path | None:
+        return devices.find(properties)
+
+    def wait_for_device(self, properties: Mapping[str, str], *, timeout: float) -> Path:
+        return devices.wait(properties, timeout=timeout)
 
     # Loop devices
     def attach_loop(self, backing_file: Path, *, direct_io: bool = True, readonly: bool = False) -> Path:

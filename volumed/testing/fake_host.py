@@ -6,8 +6,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from volumed.driver import Completed, FileExtent, Host, Loop, MountEntry
-from volumed.errors import CommandFailed, HostError, MountFailed, NotSupported, VolumedError
+from volumed.driver import Completed, FileExtent, Helper, Host, Loop, MountEntry, TreeStatus
+from volumed.errors import CommandFailed, DeadlineExceeded, HostError, MountFailed, NotSupported, VolumedError
 
 
 class FakeHost(Host):
@@ -18,6 +18,8 @@ class FakeHost(Host):
         self.answers: dict[str, Completed] = {}  # of `run`, by the command's name
         self._failures: dict[str, list[VolumedError]] = {}
         self._table: dict[Path, MountEntry] = {}
+        self._helpers: dict[str, Helper] = {}
+        self.devices: dict[tuple[tuple[str, str], ...], Path] = {}  # by their udev properties, sorted
         self._changed = threading.Event()
 
     def fail(self, method: str, error: VolumedError) -> None:
@@ -71,6 +73,54 @@ class FakeHost(Host):
         self._called("unmount", target)
         if self._table.pop(target, None) is not None:
             self._changed.set()
+
+    def mount_network(
+        self,
+        source: str,
+        target: Path,
+        *,
+        fstype: str,
+        options: Sequence[str] = (),
+        readonly: bool = False,
+        timeout: float = 60.0,
+        secrets: Sequence[str] = (),
+    ) -> None:
+        self._called("mount_network", source, target, fstype, *options)
+        self._enter(Path(source), target, fstype, readonly=readonly)
+
+    def unmount_network(self, target: Path, *, timeout: float = 30.0, force: bool = False) -> None:
+        self._called("unmount_network", target)
+        self._table.pop(target, None)
+
+    def tree_status(self, path: Path, *, timeout: float = 5.0) -> TreeStatus:
+        self._called("tree_status", path)
+        return TreeStatus(1 << 30, 0, 1 << 30, 1000, 0, 1000)
+
+    def start_helper(self, name: str, argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None) -> Helper:
+        self._called("start_helper", name, *argv)
+        return self._helpers.setdefault(name, Helper(name, len(self._helpers) + 1, tuple(map(str, argv)), True))
+
+    def helper(self, name: str) -> Helper | None:
+        return self._helpers.get(name)
+
+    def helpers(self, prefix: str) -> Sequence[Helper]:
+        return [found for name, found in sorted(self._helpers.items()) if name.startswith(prefix)]
+
+    def helper_log(self, name: str, *, limit: int = 2000) -> str:
+        return ""
+
+    def stop_helper(self, name: str, *, timeout: float = 10.0) -> None:
+        self._called("stop_helper", name)
+        self._helpers.pop(name, None)
+
+    def find_device(self, properties: Mapping[str, str]) -> Path | None:
+        return self.devices.get(tuple(sorted(properties.items())))
+
+    def wait_for_device(self, properties: Mapping[str, str], *, timeout: float) -> Path:
+        found = self.find_device(properties)
+        if found is None:
+            raise DeadlineExceeded(f"no such device appeared: {dict(properties)}")
+        return found
 
     def is_mountpoint(self, path: Path) -> bool:
         return path in self._table
