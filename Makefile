@@ -31,7 +31,7 @@ bench: .venv/development ## Measure, ours beside the peers', in one run
 
 install: .cache/uv/bin/uv ## Install below PREFIX (/opt/volumed), with systemd units; as root
 	$(UV) venv --quiet --relocatable --allow-existing $(DESTDIR)$(PREFIX)
-	UV_PROJECT_ENVIRONMENT=$(DESTDIR)$(PREFIX) $(UV) sync --quiet --frozen --no-dev --no-editable --reinstall-package volumed
+	UV_PROJECT_ENVIRONMENT=$(DESTDIR)$(PREFIX) $(UV) sync --quiet --frozen --no-dev --all-extras --no-editable --reinstall-package volumed
 	install -d $(DESTDIR)/usr/local/bin $(DESTDIR)/etc/volumed $(DESTDIR)/etc/systemd/system
 	ln -sfn $(PREFIX)/bin/volumed $(DESTDIR)/usr/local/bin/volumed
 	ln -sfn $(PREFIX)/bin/volumectl $(DESTDIR)/usr/local/bin/volumectl
@@ -61,4 +61,4 @@ clean: ## Remove the environments and caches
 	@$(UV) sync --quiet --frozen --no-dev --inexact && touch $@
 
 .venv/development: pyproject.toml uv.lock | .cache/uv/bin/uv
-	@$(UV) sync --quiet --frozen && touch $@ .venv/runtime
+	@$(UV) sync --quiet --frozen --all-extras && touch $@ .venv/runtime

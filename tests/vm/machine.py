@@ -324,7 +324,7 @@ def prepare() -> tuple[Path, Path]:
     """Template and image; built when they are not there or something they are made from has changed."""
     uv = ROOT / ".cache" / "uv" / "bin" / "uv"
     requirements = subprocess.run(
-        [uv, "export", "--frozen", "--no-dev", "--no-emit-project", "--no-hashes", "--quiet"],
+        [uv, "export", "--frozen", "--no-dev", "--all-extras", "--no-emit-project", "--no-hashes", "--quiet"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -342,12 +342,20 @@ def prepare() -> tuple[Path, Path]:
         digest.update((Path(__file__).parent / name).read_bytes())
     image = CACHE / digest.hexdigest()[:16]
     if not (image / "template" / "state").exists():
-        shutil.rmtree(CACHE, ignore_errors=True)
+        _forget_old_images()
+        shutil.rmtree(image, ignore_errors=True)
         image.mkdir(parents=True)
         (image / "requirements.txt").write_text(requirements)
         subprocess.run([ROOT / "tests/vm/image/build", image, image / "requirements.txt"], check=True)
         _make_template(image)
     return image / "template", image
+
+
+def _forget_old_images() -> None:
+    """All but the latest, which another branch may be using."""
+    if CACHE.is_dir():
+        for old in sorted(CACHE.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)[1:]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _make_template(image: Path) -> None:
