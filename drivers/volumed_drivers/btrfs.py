@@ -37,7 +37,7 @@ from volumed.driver import (
 from volumed.errors import BackendUnavailable, CommandFailed, MountFailed, NotFound, OutOfRange
 from volumed.model import Handle, SnapshotId, VolumeId
 from volumed.testing import crash
-from volumed_drivers.folders import capacity_of, make_folder
+from volumed_drivers.folders import capacity_of, make_folder, read_mark, write_mark
 
 _VOLUME = re.compile(r"(v[0-9a-f]{32})(\.new|\.old)?")
 _SNAPSHOT = re.compile(r"s[0-9a-f]{32}")
@@ -90,10 +90,14 @@ class BtrfsDriver(
         if not subvolume.exists():
             self._btrfs("subvolume", "create", subvolume)
             crash.point("btrfs.create.made")
+        self._finish(subvolume, spec)
+        return CreatedVolume(Handle(spec.id), spec.size)
+
+    def _finish(self, subvolume: Path, spec: VolumeSpec) -> None:
         self._bound(subvolume, spec.size)
         self._compress(subvolume, spec.options)
+        write_mark(subvolume, spec.mark)  # in the place of the one that a copy has from its original
         self._sync()
-        return CreatedVolume(Handle(spec.id), spec.size)
 
     def _compress(self, subvolume: Path, options: Options) -> None:
         if isinstance(options, BtrfsVolumeOptions) and options.compression is not None:
@@ -153,7 +157,8 @@ class BtrfsDriver(
     def list(self) -> Iterable[Found]:
         names = os.listdir(self._path)  # noqa: PTH208 (names are enough)
         for volume_id in sorted({match[1] for name in names if (match := _VOLUME.fullmatch(name))}):
-            yield Found(Handle(volume_id), VolumeId(volume_id))
+            subvolume = self._path / volume_id
+            yield Found(Handle(volume_id), VolumeId(volume_id), read_mark(subvolume), whole=subvolume.exists())
 
     def find(self, volume_id: VolumeId) -> Handle | None:
         there = any((self._path / f"{volume_id}{end}").exists() for end in ("", ".new", ".old"))
@@ -208,6 +213,7 @@ class BtrfsDriver(
             self._delete(new)
             self._btrfs("subvolume", "snapshot", source, new)
             self._bound(new, size)
+            write_mark(new, read_mark(current))
             crash.point("btrfs.restore.new")
             current.rename(old)
             crash.point("btrfs.restore.old")
@@ -230,9 +236,7 @@ class BtrfsDriver(
             self._btrfs("filesystem", "sync", self._path)
             self._btrfs("subvolume", "snapshot", self._present(source), target)
             crash.point("btrfs.clone.made")
-        self._bound(target, spec.size)
-        self._compress(target, spec.options)
-        self._sync()
+        self._finish(target, spec)
         return CreatedVolume(Handle(spec.id), spec.size)
 
     def capacity(self) -> Capacity:

@@ -2,6 +2,7 @@
 
     PATH/<volume id>/data       what containers see
     PATH/<volume id>/project    number of its XFS project, where a size is enforced
+    PATH/<volume id>/mark       what core wants to read again should the ledger be lost
     PATH/.new-..., .trash-...   one in the making, one on its way out
 
 A size is enforced by the project quota of XFS; elsewhere it is refused, never ignored.
@@ -10,6 +11,7 @@ A size is enforced by the project quota of XFS; elsewhere it is refused, never i
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import threading
@@ -37,7 +39,7 @@ from volumed.driver import (
 from volumed.errors import MountFailed, NotFound, NotSupported
 from volumed.model import Handle, VolumeId
 from volumed.testing import crash
-from volumed_drivers.folders import capacity_of, make_folder, sync_folder
+from volumed_drivers.folders import capacity_of, make_folder, parse_mark, sync_folder
 
 _VOLUME_ID = re.compile(r"v[0-9a-f]{32}")
 _NEW, _TRASH = ".new-", ".trash-"
@@ -98,6 +100,8 @@ class DirectoryDriver(FilesystemDriver, SupportsExpand, SupportsCapacity):
             data = new / "data"
             data.mkdir(exist_ok=True)
             data.chmod(0o755)  # whatever the umask says: users of a container must get in
+            if spec.mark:
+                (new / "mark").write_text(json.dumps(dict(spec.mark)))
             if spec.size is not None and self._quota:
                 self._bound(new, spec.size)
             crash.point("directory.create.data")
@@ -138,10 +142,11 @@ class DirectoryDriver(FilesystemDriver, SupportsExpand, SupportsCapacity):
         sync_folder(self._path)
 
     def _remove_tree(self, trash: Path) -> None:
-        """An empty volume costs two system calls; a full one is left to rm(1), which knows deep and large trees, other
-        file systems mounted inside, and what else the years have taught it."""
+        """An empty volume costs three system calls; a full one is left to rm(1), which knows deep and large trees,
+        other file systems mounted inside, and what else the years have taught it."""
         try:
             (trash / "data").rmdir()
+            (trash / "mark").unlink(missing_ok=True)
             trash.rmdir()
         except OSError:
             self.host.run(["rm", "-rf", "--one-file-system", "--", trash], timeout=REMOVE_TIMEOUT)
@@ -162,7 +167,13 @@ class DirectoryDriver(FilesystemDriver, SupportsExpand, SupportsCapacity):
         for name in os.listdir(self._path):  # noqa: PTH208 (names are enough)
             volume_id = name.removeprefix(_TRASH).removeprefix(_NEW)
             if _VOLUME_ID.fullmatch(volume_id):
-                yield Found(Handle(volume_id), VolumeId(volume_id))
+                yield Found(Handle(volume_id), VolumeId(volume_id), self._mark(name), whole=name == volume_id)
+
+    def _mark(self, name: str) -> dict[str, str]:
+        try:
+            return parse_mark((self._path / name / "mark").read_text())
+        except (OSError, UnicodeDecodeError):
+            return {}
 
     def find(self, volume_id: VolumeId) -> Handle | None:
         there = any((self._path / f"{prefix}{volume_id}").exists() for prefix in ("", _NEW, _TRASH))

@@ -44,7 +44,7 @@ from volumed.driver import (
 from volumed.errors import BackendError, BackendUnavailable, CapacityExhausted, NotFound, NotSupported, OutOfRange
 from volumed.model import Handle, SnapshotId, VolumeId
 from volumed.testing import crash
-from volumed_drivers.folders import capacity_of, make_folder, sync_folder
+from volumed_drivers.folders import capacity_of, make_folder, read_mark, sync_folder, write_mark
 
 _VOLUME = re.compile(r"(v[0-9a-f]{32})\.img(\.new)?")
 _SNAPSHOT = re.compile(r"(s[0-9a-f]{32})\.snap(\.new)?")
@@ -118,6 +118,7 @@ class ImageDriver(
             new = _new(image)
             with self._explained(size), new.open("wb") as made:
                 os.fchmod(made.fileno(), 0o600)
+                write_mark(made.fileno(), spec.mark)
                 if self._preallocates(spec):
                     os.posix_fallocate(made.fileno(), 0, size)
                 made.truncate(size)
@@ -178,7 +179,8 @@ class ImageDriver(
 
     def list(self) -> Iterable[Found]:
         for volume_id in sorted(self._ids(_VOLUME)):
-            yield Found(Handle(volume_id), VolumeId(volume_id))
+            image = self._image(Handle(volume_id))
+            yield Found(Handle(volume_id), VolumeId(volume_id), read_mark(image), whole=image.exists())
 
     def find(self, volume_id: VolumeId) -> Handle | None:
         image = self._image(Handle(volume_id))
@@ -243,7 +245,7 @@ class ImageDriver(
         """The copy takes the volume's name in one step: before it the old state is there, after it the new."""
         image = self._image(handle)
         size = image.stat().st_size
-        self._copy(self._snapshot(snapshot), image, over=True, size=size)
+        self._copy(self._snapshot(snapshot), image, over=True, size=size, mark=read_mark(image))
 
     def allocated(self, snapshot: Handle) -> Iterable[Extent]:
         image = self._present(self._snapshot(snapshot))
@@ -274,10 +276,12 @@ class ImageDriver(
         if size < least:
             raise OutOfRange(f"{least} bytes do not fit into {size}", subject=f"backend {self.backend}")
         image = self._image(Handle(spec.id))
-        self._copy(source, image, size=size)
+        self._copy(source, image, size=size, mark=spec.mark)
         return CreatedVolume(Handle(spec.id), image.stat().st_size)
 
-    def _copy(self, source: Path, target: Path, *, over: bool = False, size: int = 0) -> None:
+    def _copy(
+        self, source: Path, target: Path, *, over: bool = False, size: int = 0, mark: Mapping[str, str] | None = None
+    ) -> None:
         """Shared where the file system can, else copied hole for hole; grown to `size`."""
         if target.exists() and not over:
             return
@@ -294,6 +298,7 @@ class ImageDriver(
             crash.point("image.copy.new")
             with new.open("r+b") as copied:
                 os.fchmod(copied.fileno(), 0o600)
+                write_mark(copied.fileno(), mark or {})
                 if copied.seek(0, os.SEEK_END) < size:
                     copied.truncate(size)
                 os.fsync(copied.fileno())

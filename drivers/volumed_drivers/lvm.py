@@ -1,7 +1,8 @@
 """A thin logical volume per volume, in a thin pool that is there already; thin snapshots and clones.
 
-Logical volumes are named by the volume's or snapshot's id and carry the tag `volumed`; nothing else in the volume
-group is ever touched. Thin snapshots know no parent: each can be removed without the other.
+Logical volumes are named by the volume's or snapshot's id and carry the tag `volumed`, and one for each word of core's
+mark; nothing else in the volume group is ever touched. Thin snapshots know no parent: each can be removed without the
+other.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar, NamedTuple
+from urllib.parse import quote, unquote
 
 from pydantic import Field
 
@@ -37,6 +39,7 @@ from volumed.model import Handle, SnapshotId, VolumeId
 from volumed.testing import crash
 
 TAG = "volumed"
+_MARK = f"{TAG}:"
 _VOLUME = re.compile(r"(v[0-9a-f]{32})(_new|_old)?")
 _SNAPSHOT = re.compile(r"s[0-9a-f]{32}")
 MAX_SIZE = 16 << 50  # lvm(8): with 4 MiB extents
@@ -54,6 +57,7 @@ class _Volume(NamedTuple):
     size: int
     data_percent: float
     active: bool
+    tags: tuple[str, ...]
 
 
 class LvmDriver(BlockDriver, SupportsExpand, SupportsGroupSnapshots, SupportsClone, SupportsCapacity):
@@ -91,7 +95,7 @@ class LvmDriver(BlockDriver, SupportsExpand, SupportsGroupSnapshots, SupportsClo
             self._check_room(there[self._pool])
             self._lvm(
                 *("lvcreate", "--yes", "--thin", "--setactivationskip", "n", "--wipesignatures", "n"),
-                *("--virtualsize", f"{size}b", "--name", spec.id, "--addtag", TAG, f"{self._vg}/{self._pool}"),
+                *("--virtualsize", f"{size}b", "--name", spec.id, *_tagged(spec.mark), f"{self._vg}/{self._pool}"),
             )
             crash.point("lvm.create.made")
             self._deactivate(spec.id)
@@ -129,9 +133,11 @@ class LvmDriver(BlockDriver, SupportsExpand, SupportsGroupSnapshots, SupportsClo
         return Facts(size=found.size, used=int(found.size * found.data_percent / 100))
 
     def list(self) -> Iterable[Found]:
-        names = self._report(f"@{TAG}")
-        for volume_id in sorted({match[1] for name in names if (match := _VOLUME.fullmatch(name))}):
-            yield Found(Handle(volume_id), VolumeId(volume_id))
+        there = self._report(f"@{TAG}")
+        for volume_id in sorted({match[1] for name in there if (match := _VOLUME.fullmatch(name))}):
+            volume = there.get(volume_id)
+            mark = _marked(volume.tags) if volume else {}
+            yield Found(Handle(volume_id), VolumeId(volume_id), mark, whole=volume is not None)
 
     # Devices
     def map(self, handle: Handle) -> Path:
@@ -170,7 +176,7 @@ class LvmDriver(BlockDriver, SupportsExpand, SupportsGroupSnapshots, SupportsClo
         self._copy(handle, snapshot_id)
         return Handle(snapshot_id)
 
-    def _copy(self, source: str, target: str) -> None:
+    def _copy(self, source: str, target: str, mark: Mapping[str, str] | None = None) -> None:
         there = self._report(self._vg)
         if target in there:
             return
@@ -179,7 +185,7 @@ class LvmDriver(BlockDriver, SupportsExpand, SupportsGroupSnapshots, SupportsClo
         self._check_room(there[self._pool])
         self._lvm(
             *("lvcreate", "--yes", "--snapshot", "--setactivationskip", "n", "--name", target),
-            *("--addtag", TAG, f"{self._vg}/{source}"),
+            *(*_tagged(mark or {}), f"{self._vg}/{source}"),
         )
         crash.point("lvm.copy.made")
         self._deactivate(target)
@@ -201,7 +207,7 @@ class LvmDriver(BlockDriver, SupportsExpand, SupportsGroupSnapshots, SupportsClo
             for left in (old, new):
                 if left in there:
                     self._remove(left)
-            self._copy(snapshot, new)
+            self._copy(snapshot, new, _marked(there[handle].tags))
             if self._there(Handle(new)).size < size:
                 self._lvm("lvextend", "--size", f"{size}b", f"{self._vg}/{new}")
             crash.point("lvm.restore.new")
@@ -224,7 +230,7 @@ class LvmDriver(BlockDriver, SupportsExpand, SupportsGroupSnapshots, SupportsClo
         least = self._there(source).size
         if size < least:
             raise OutOfRange(f"{least} bytes do not fit into {size}", subject=f"backend {self.backend}")
-        self._copy(source, spec.id)
+        self._copy(source, spec.id, spec.mark)
         return CreatedVolume(Handle(spec.id), self.expand(Handle(spec.id), size))
 
     def capacity(self) -> Capacity:
@@ -246,7 +252,7 @@ class LvmDriver(BlockDriver, SupportsExpand, SupportsGroupSnapshots, SupportsClo
 
     def _report(self, *what: str) -> dict[str, _Volume]:
         """Logical volumes of our group, by name."""
-        columns = "vg_name,lv_name,lv_size,data_percent,lv_active"
+        columns = "vg_name,lv_name,lv_size,data_percent,lv_active,lv_tags"
         told = self._lvm("lvs", "--reportformat", "json", "--units", "b", "--nosuffix", "--options", columns, *what)
         rows = json.loads(told)["report"][0]["lv"]
         return {
@@ -254,6 +260,7 @@ class LvmDriver(BlockDriver, SupportsExpand, SupportsGroupSnapshots, SupportsClo
                 size=int(row["lv_size"]),
                 data_percent=float(row["data_percent"] or 0),
                 active=row["lv_active"] == "active",
+                tags=tuple(row["lv_tags"].split(",")),
             )
             for row in rows
             if row["vg_name"] == self._vg
@@ -274,3 +281,18 @@ class LvmDriver(BlockDriver, SupportsExpand, SupportsGroupSnapshots, SupportsClo
 
     def _lvm(self, *words: str) -> str:
         return self.host.run(list(words), timeout=120.0).stdout
+
+
+def _tagged(mark: Mapping[str, str]) -> list[str]:
+    """The options that tag a new logical volume. A tag takes letters, digits and few signs (lvm(8)): the rest is
+    written as %XX with `=` for `%`."""
+    words = ["--addtag", TAG]
+    for key, value in mark.items():
+        quoted = quote(value, safe="").replace("~", "%7E").replace("%", "=")
+        words += ["--addtag", f"{_MARK}{key}={quoted}"]
+    return words
+
+
+def _marked(tags: Iterable[str]) -> dict[str, str]:
+    pairs = (tag.removeprefix(_MARK).partition("=") for tag in tags if tag.startswith(_MARK))
+    return {key: unquote(value.replace("=", "%")) for key, _, value in pairs}

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from volumed.core import marks
 from volumed.core.backends import Backend
 from volumed.core.locks import KeyedLocks
 from volumed.core.mounts import Mounts
@@ -70,7 +71,7 @@ class Provision:
         """The volume on its storage, ready to be mounted; the record returned has its handle and its real size."""
         driver = backend.driver
         options = read_options(driver.VolumeOptions, volume.options, subject=f"backend {backend.name}")
-        spec = VolumeSpec(id=volume.id, size=volume.size, mode=volume.mode, options=options)
+        spec = VolumeSpec(id=volume.id, size=volume.size, mode=volume.mode, options=options, mark=marks.write(volume))
         made = self._copy(spec, backend, origin) if origin else driver.create(spec)
         crash.point("create.stored")
         ready = msgspec.structs.replace(volume, handle=made.handle, size=made.size, state=VolumeState.READY)

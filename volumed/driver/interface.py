@@ -51,11 +51,13 @@ class Facts(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A volume of ours on the storage, finished or not. `mark`: as `VolumeSpec` had it; empty where none is kept."""
+    """A volume of ours on the storage. `mark`: as `VolumeSpec` had it; empty where none is kept. `whole`: False for one
+    that the driver can see is in the making, or on its way out."""
 
     handle: Handle
     volume_id: VolumeId
     mark: Mapping[str, str] = MappingProxyType({})
+    whole: bool = True
 
 
 class FoundSnapshot(NamedTuple):
@@ -70,10 +72,13 @@ class Capacity(NamedTuple):
 
 class Probe(NamedTuple):
     """What a look at the storage told. `lacking`: abilities of the class that this storage does not have, each with
-    the reason and the alternative, for people. `facts`: shown by `volumectl backend inspect`."""
+    the reason and the alternative, for people. `facts`: shown by `volumectl backend inspect`. `topology`: where a node
+    must be to reach its volumes, as segments of the nodes' own ({"zone": "eu-1a"}); empty: the storage sets no bounds.
+    """
 
     lacking: dict[Capability, str]
     facts: dict[str, str]
+    topology: Mapping[str, str] = MappingProxyType({})
 
 
 class Driver(ABC):

@@ -50,6 +50,8 @@ class DriverConformance:
     size: ClassVar[int] = 16 * MIB
     # False for a host on which a mount that somebody holds can be taken away all the same (the fake one).
     holds_are_seen: ClassVar[bool] = True
+    # False for storage that cannot hold `VolumeSpec.mark`: then none is told, never another's.
+    keeps_marks: ClassVar[bool] = True
 
     @pytest.fixture
     def make_driver(self) -> MakeDriver:
@@ -78,6 +80,19 @@ class DriverConformance:
         assert [found.handle for found in driver.list() if found.volume_id == volume_id] == [handle]
         if self._can(driver, Capability.SIZE):
             assert (driver.inspect(handle).size or 0) >= self.size
+
+    def test_a_mark_is_kept_with_the_volume(self, driver: Driver, make_driver: MakeDriver) -> None:
+        _, handle = self._create(driver)
+        self._write(driver, handle, b"something")
+        if isinstance(driver, SupportsClone):
+            driver.clone(handle, self._spec(driver, new_volume_id()))
+        if isinstance(driver, SupportsSnapshots):
+            snapshot = driver.snapshot(handle, new_snapshot_id())
+            driver.create_from_snapshot(snapshot, self._spec(driver, new_volume_id()))
+            driver.restore(handle, snapshot)
+        again = make_driver()
+        again.probe()
+        self._check_marks(again)
 
     def test_what_is_not_there_is_not_found(self, driver: Driver) -> None:
         assert driver.find(new_volume_id()) is None
@@ -420,7 +435,19 @@ class DriverConformance:
         sized = isinstance(driver, BlockDriver) or self._can(driver, Capability.SIZE)
         mode = VolumeMode.BLOCK if isinstance(driver, BlockDriver) else VolumeMode.FILESYSTEM
         asked = size or (self.size if sized else None)
-        return VolumeSpec(id=volume_id, size=asked, mode=mode, options=driver.VolumeOptions())
+        return VolumeSpec(
+            id=volume_id, size=asked, mode=mode, options=driver.VolumeOptions(), mark=self._mark(volume_id)
+        )
+
+    @staticmethod
+    def _mark(volume_id: VolumeId) -> dict[str, str]:
+        """Of another content for each volume, with letters that some storage has to write otherwise."""
+        return {"name": f"data-{volume_id[-6:]}", "labels": '{"team": "été, a=b ~:/%"}'}
+
+    def _check_marks(self, driver: Driver) -> None:
+        for found in driver.list():
+            assert found.mark == (self._mark(found.volume_id) if self.keeps_marks else {})
+            assert found.whole
 
     def _create(
         self, driver: Driver, volume_id: VolumeId | None = None, *, size: int | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -46,6 +46,7 @@ class _Held:
     tree: Path
     size: int | None
     color: str = "blue"
+    mark: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -101,7 +102,7 @@ class MemoryDriver(
         handle = Handle(f"memory:{spec.id}")
         with self._lock:
             if handle not in self.storage.volumes:
-                self.storage.volumes[handle] = _Held(self._tree(spec.id, source), spec.size)
+                self.storage.volumes[handle] = _Held(self._tree(spec.id, source), spec.size, mark=dict(spec.mark))
             return CreatedVolume(handle, self.storage.volumes[handle].size)
 
     def _tree(self, name: str, source: Path | None) -> Path:
@@ -133,7 +134,10 @@ class MemoryDriver(
 
     def list(self) -> Iterable[Found]:
         self.before("list")
-        return [Found(handle, VolumeId(handle.removeprefix("memory:"))) for handle in list(self.storage.volumes)]
+        return [
+            Found(handle, VolumeId(handle.removeprefix("memory:")), held.mark)
+            for handle, held in list(self.storage.volumes.items())
+        ]
 
     def mount(self, handle: Handle, target: Path, *, options: Sequence[str], readonly: bool) -> None:
         self.before("mount")
