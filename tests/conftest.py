@@ -8,11 +8,15 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from volumed.host import loop, mounts
 from volumed.host.linux import LinuxHost
+
+if TYPE_CHECKING:
+    from tests.harness.ceph import Ceph
 
 MakeFilesystem = Callable[..., Path]
 
@@ -42,6 +46,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def host() -> LinuxHost:
     return LinuxHost()
+
+
+@pytest.fixture(scope="session")
+def ceph() -> Iterator[Ceph]:
+    """A cluster for the whole session: whoever breaks it mends it, or takes `ceph_cluster()` for itself."""
+    from tests.harness.ceph import ceph_cluster  # noqa: PLC0415 (it uses what is above)
+
+    with ceph_cluster() as cluster:
+        yield cluster
 
 
 @contextlib.contextmanager

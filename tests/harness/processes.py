@@ -46,5 +46,8 @@ class Process:
             self._child.wait(10)
             raise AssertionError(f"it did not end after {number.name}: {self.said()[-3000:]}") from None
 
+    def send(self, number: signal.Signals) -> None:
+        self._child.send_signal(number)
+
     def wait(self, timeout: float = 30.0) -> int:
         return self._child.wait(timeout)
