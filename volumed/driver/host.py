@@ -158,12 +158,21 @@ class Host(ABC):
 
     # Devices
     @abstractmethod
-    def find_device(self, properties: Mapping[str, str]) -> Path | None:
-        """The block device whose udev properties have these values ({"ID_SERIAL": "vol0123"}), or None."""
+    def find_device(self, *choices: Mapping[str, str]) -> Path | None:
+        """The disk, never a partition, whose udev properties have the values of one of the choices
+        ({"ID_SERIAL": "vol0123"}), or None."""
 
     @abstractmethod
-    def wait_for_device(self, properties: Mapping[str, str], *, timeout: float) -> Path:
+    def wait_for_device(self, *choices: Mapping[str, str], timeout: float) -> Path:
         """As `find_device`, waiting for the kernel's event. Raises DeadlineExceeded."""
+
+    @abstractmethod
+    def wait_for_device_size(self, device: Path, size: int, *, timeout: float) -> None:
+        """Wait for the kernel's event that the device has at least `size` bytes. Raises DeadlineExceeded."""
+
+    @abstractmethod
+    def check_unheld(self, device: Path) -> None:
+        """Raises InUse naming who has the device open, mounted or part of another one. Gone is success."""
 
     @abstractmethod
     def is_mountpoint(self, path: Path) -> bool:

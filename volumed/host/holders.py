@@ -1,16 +1,21 @@
-"""Who holds a mount: for the error that says so. Looks through /proc, bounded in time, and never at a server."""
+"""Who holds a mount or a device: for the error that says so. Looks through /proc, and never at a server."""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from volumed.driver import MountEntry
+from volumed.errors import HostError, InUse
 
 PROC = Path("/proc")
 MAX_NAMED = 5
 PATIENCE = 0.5  # seconds; an error that comes late helps less than one that names fewer
+_MOMENT = 0.5  # seconds for which udev may have a device open that has just changed
 _CONTAINER = re.compile(r"[0-9a-f]{64}")
 
 
@@ -28,10 +33,49 @@ def holders_of_mount(target: Path) -> list[str]:
     return found
 
 
-def _pids() -> Iterator[int]:
-    own = os.getpid()
+def check_device(device: Path, mounts: Sequence[MountEntry]) -> None:
+    """See `volumed.driver.Host.check_unheld`."""
+    ends = time.monotonic() + _MOMENT
+    while found := _holders_of_device(device, mounts):
+        if time.monotonic() > ends:
+            raise InUse("is held by", holders=found, subject=f"device {device}")
+        time.sleep(0.02)
+
+
+def _holders_of_device(device: Path, mounts: Sequence[MountEntry]) -> list[str]:
+    """An exclusive open tells of mounts, swap and devices made of it, in every namespace; /proc of the rest."""
+    exclusively = False
+    try:
+        number = device.stat().st_rdev
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
+            return []
+        if error.errno != errno.EBUSY:
+            raise HostError(f"cannot be opened: {error.strerror}", subject=f"device {device}") from None
+        exclusively = True
+    code, node = f"{os.major(number)}:{os.minor(number)}", str(device.resolve())
+    found = [f"the mount at {entry.target}" for entry in mounts if code == entry.device or node == entry.source]
+    folder = Path("/sys/dev/block", code, "holders")
+    found += [f"device {name}" for name in sorted(os.listdir(folder))]  # noqa: PTH208
+    found += [_named(pid) for pid in _pids(own=True) if any(_leads_to(path, number) for path in _paths(pid))]
+    return found[:MAX_NAMED] or (["a mount of another namespace, or swap"] if exclusively else [])
+
+
+def _leads_to(path: str, number: int) -> bool:
+    """By number, as a device has several names; nothing but what lies in /dev is looked at."""
+    if not path.startswith("/dev/"):
+        return False
+    try:
+        return os.stat(path).st_rdev == number  # noqa: PTH116
+    except OSError:
+        return False
+
+
+def _pids(*, own: bool = False) -> Iterator[int]:
+    me = os.getpid()
     for name in os.listdir(PROC):  # noqa: PTH208 (names are enough, and /proc is large)
-        if name.isdecimal() and int(name) != own:
+        if name.isdecimal() and (own or int(name) != me):
             yield int(name)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from volumed.driver import Completed, FileExtent, Helper, Host, Loop, MountEntry, TreeStatus
 from volumed.errors import HostError, NotSupported
-from volumed.host import devices, extents, loop, mounts, network, quota
+from volumed.host import devices, extents, holders, loop, mounts, network, quota
 from volumed.host.helpers import Helpers
 from volumed.host.run import run
 
@@ -103,11 +103,17 @@ class LinuxHost(Host):
         self._helpers.stop(name, timeout=timeout)
 
     # Devices
-    def find_device(self, properties: Mapping[str, str]) -> Path | None:
-        return devices.find(properties)
+    def find_device(self, *choices: Mapping[str, str]) -> Path | None:
+        return devices.find(choices)
 
-    def wait_for_device(self, properties: Mapping[str, str], *, timeout: float) -> Path:
-        return devices.wait(properties, timeout=timeout)
+    def wait_for_device(self, *choices: Mapping[str, str], timeout: float) -> Path:
+        return devices.wait(choices, timeout=timeout)
+
+    def wait_for_device_size(self, device: Path, size: int, *, timeout: float) -> None:
+        devices.wait_for_size(device, size, timeout=timeout)
+
+    def check_unheld(self, device: Path) -> None:
+        holders.check_device(device, self.mounts())
 
     # Loop devices
     def attach_loop(self, backing_file: Path, *, direct_io: bool = True, readonly: bool = False) -> Path:

@@ -113,14 +113,21 @@ class FakeHost(Host):
         self._called("stop_helper", name)
         self._helpers.pop(name, None)
 
-    def find_device(self, properties: Mapping[str, str]) -> Path | None:
-        return self.devices.get(tuple(sorted(properties.items())))
+    def find_device(self, *choices: Mapping[str, str]) -> Path | None:
+        found = (self.devices.get(tuple(sorted(properties.items()))) for properties in choices)
+        return next((device for device in found if device is not None), None)
 
-    def wait_for_device(self, properties: Mapping[str, str], *, timeout: float) -> Path:
-        found = self.find_device(properties)
+    def wait_for_device(self, *choices: Mapping[str, str], timeout: float) -> Path:
+        found = self.find_device(*choices)
         if found is None:
-            raise DeadlineExceeded(f"no such device appeared: {dict(properties)}")
+            raise DeadlineExceeded(f"no such device appeared: {[dict(properties) for properties in choices]}")
         return found
+
+    def wait_for_device_size(self, device: Path, size: int, *, timeout: float) -> None:
+        self._called("wait_for_device_size", device, size)
+
+    def check_unheld(self, device: Path) -> None:
+        self._called("check_unheld", device)
 
     def is_mountpoint(self, path: Path) -> bool:
         return path in self._table
