@@ -20,6 +20,7 @@ PVC = "kubernetes.pvc"
 VolumeId = NewType("VolumeId", str)
 SnapshotId = NewType("SnapshotId", str)
 GroupSnapshotId = NewType("GroupSnapshotId", str)
+MigrationId = NewType("MigrationId", str)
 # How a driver finds a volume or a snapshot on its storage: made by the driver, parsed by nobody else.
 Handle = NewType("Handle", str)
 
@@ -34,6 +35,10 @@ def new_snapshot_id() -> SnapshotId:
 
 def new_group_snapshot_id() -> GroupSnapshotId:
     return GroupSnapshotId(f"g{_new_id()}")
+
+
+def new_migration_id() -> MigrationId:
+    return MigrationId(f"m{_new_id()}")
 
 
 def _new_id() -> str:
@@ -121,6 +126,13 @@ class Volume(Record, frozen=True, kw_only=True, omit_defaults=True):
     source: str = ""  # what it was cloned or restored from, as it was asked for
     claim: Claim | None = None  # of the orchestrator that had it made
     ephemeral: bool = False  # lives as long as the one publication it was made for
+    moved_to: VolumeId | None = None  # its id on the storage that it was moved to
+
+    @property
+    def stored_as(self) -> VolumeId:
+        """What the storage calls it: its own id, until it is moved. Both places of a move can then lie on one storage,
+        and what lies there tells which of them it is."""
+        return self.moved_to or self.id
 
 
 class SnapshotState(enum.StrEnum):
@@ -176,6 +188,7 @@ class Engine(enum.StrEnum):
     SWARM = "swarm"
     MESOS = "mesos"
     CSI = "csi"  # an orchestrator that does not show which it is
+    VOLUMED = "volumed"  # we ourselves, moving the volume
 
 
 class Consumer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -253,3 +266,83 @@ class Operation(Record, frozen=True, kw_only=True, omit_defaults=True):
     size: int | None = None  # target of an expand
     options: dict[str, str] = {}  # target of a modification
     error: str = ""  # why recovery set it aside; it is tried again on the timer
+
+
+class MigrationPhase(enum.StrEnum):
+    """In the order they are gone through. Up to VERIFIED the source is the volume, and was never written to; from
+    CUTOVER on the target is. So at any instant exactly one of the two may be thrown away."""
+
+    PLANNED = "planned"
+    PREPARED = "prepared"  # the target exists
+    SEEDING = "seeding"  # the bulk is copied, while the volume may be in use
+    CONVERGING = "converging"  # rounds over what changed since
+    QUIESCED = "quiesced"  # nobody writes; the last round
+    VERIFIED = "verified"  # digests of source and target agree
+    CUTOVER = "cutover"  # the ledger says the new place: the commit point has been passed
+    KEPT = "kept"  # the old place is held for an undo
+    DONE = "done"
+    ABORTING = "aborting"  # the target goes
+    FAILED = "failed"
+    ABORTED = "aborted"
+    ROLLED_BACK = "rolled-back"
+
+    @property
+    def ended(self) -> bool:
+        return self in (self.DONE, self.FAILED, self.ABORTED, self.ROLLED_BACK)
+
+    @property
+    def committed(self) -> bool:
+        return self in (self.CUTOVER, self.KEPT, self.DONE)
+
+
+class MovePath(enum.StrEnum):
+    """How the data gets there."""
+
+    NATIVE = "native"  # the storage copies by itself
+    BLOCK = "block"  # from device to device
+    TREE = "tree"  # from mounted tree to mounted tree
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """All of a volume's record that says where and how it lies; the rest goes along with it."""
+
+    backend: str
+    stored_as: VolumeId
+    handle: Handle | None = None
+    size: int | None = None
+    filesystem: str | None = None
+    mkfs_options: tuple[str, ...] = ()
+    mount_options: tuple[str, ...] = ()
+    options: dict[str, str] = {}
+
+
+class Migration(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """A move of a volume to other storage, from the plan to its end; kept as history."""
+
+    id: MigrationId
+    volume_id: VolumeId
+    volume_name: str
+    node: str
+    phase: MigrationPhase
+    path: MovePath
+    source: Place
+    target: Place
+    created: datetime
+    by: str = ""  # who asked
+    bandwidth: int = 0  # bytes a second; 0: no limit
+    max_pause: float | None = None  # seconds; None: whatever it takes
+    keep_source: float = 0.0  # seconds
+    accepted: tuple[str, ...] = ()  # what may be lost
+    paused: bool = False
+    attempt: int = 0  # how often it failed and was begun again
+    error: str = ""
+    expected: int = 0  # bytes to copy, as estimated
+    copied: int = 0  # bytes
+    files: int = 0
+    digest: str = ""  # of all of the data, when it was verified
+    pause: float | None = None  # seconds for which its writers were held
+    held: bytes = b""  # whom `Writers.hold` stopped, to be let go
+    snapshots: tuple[Snapshot, ...] = ()  # that stay behind at the source
+    phases: tuple[tuple[MigrationPhase, datetime], ...] = ()  # when each was entered
+    kept_until: datetime | None = None
+    returns: MigrationId | None = None  # the move that this one undoes, carrying back what was written since

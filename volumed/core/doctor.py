@@ -129,6 +129,8 @@ class Doctor:
                 )
             if volume is None or volume.handle is None or volume.state is not VolumeState.READY:
                 continue
+            if self._repository.migration_of(volume_id) is not None:
+                continue  # held as its move needs it
             driver = self._backends.get(volume.backend).driver
             observed = self._presence.observe(volume, driver)
             action = TABLE[Desired.BOUND if volume_id in bound else Desired.UNBOUND, observed]
@@ -174,12 +176,13 @@ class Doctor:
     def _storage(self, backend: Backend) -> Iterator[_Case]:
         """The backend's volumes and snapshots beside the ledger's."""
         there = {found.volume_id: found for found in backend.call(lambda: list(backend.driver.list()))}
-        known = {volume.id: volume for volume in self._repository.volumes() if volume.backend == backend.name}
+        known = {volume.stored_as: volume for volume in self._repository.volumes() if volume.backend == backend.name}
         for volume_id in sorted(there.keys() - known.keys()):
-            if self._repository.volume(volume_id) is None:  # not made since we looked
+            made_since = self._repository.volume_stored_as(volume_id)
+            if made_since is None and self._repository.migration_holding(volume_id) is None:
                 yield self._orphan(backend, there[volume_id])
         for volume_id in sorted(known.keys() - there.keys()):
-            volume = self._repository.volume(volume_id)
+            volume = self._repository.volume_stored_as(volume_id)
             if volume is not None and volume.state is VolumeState.READY:
                 yield _only_report(
                     "missing-storage",
@@ -197,7 +200,13 @@ class Doctor:
             volume = self._repository.volume(snapshot.volume_id)
             if volume is not None and volume.backend == backend.name:
                 known[snapshot.id] = snapshot
-        for snapshot_id in sorted(there.keys() - known.keys()):
+        left_behind = {
+            snapshot.id
+            for migration in self._repository.migrations()
+            if not migration.phase.ended
+            for snapshot in migration.snapshots
+        }
+        for snapshot_id in sorted(there.keys() - known.keys() - left_behind):
             yield self._orphan_snapshot(backend, driver, there[snapshot_id])
         for snapshot_id in sorted(known.keys() - there.keys()):
             if known[snapshot_id].state is SnapshotState.READY:

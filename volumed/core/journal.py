@@ -22,7 +22,7 @@ from volumed.core.events import Events
 from volumed.core.locks import KeyedLocks
 from volumed.core.presence import handle_of
 from volumed.core.provision import Provision, snapshot_driver
-from volumed.errors import VolumedError
+from volumed.errors import InUse, VolumedError
 from volumed.model import Operation, OperationKind, Snapshot, SnapshotId, Volume, VolumeState, now
 from volumed.store.repository import Repository
 from volumed.testing import crash
@@ -76,6 +76,13 @@ class Journal:
     ) -> Iterator[Operation]:
         """A row for what the block does. The block puts it with its first transaction and deletes it with its last;
         when the block fails in between, the kind's rule is applied at once. The caller holds the volume's lock."""
+        migration = self._repository.migration_of(volume.id)
+        if migration is not None:
+            raise InUse(
+                f"is being moved to backend {migration.target.backend}",
+                subject=f"volume {volume.name}",
+                hint=f"wait for it, or end it: volumectl migration abort {migration.id}",
+            )
         superseded = self._repository.operation(volume.id)
         operation = Operation(
             revision=superseded.revision if superseded else 0,

@@ -23,6 +23,7 @@ def write(volume: Volume) -> dict[str, str]:
     """The mark of a volume that is about to be made."""
     every = {
         "name": volume.name,
+        "id": volume.id if volume.moved_to else "",  # what its storage does not call it
         "mode": str(volume.mode),
         "filesystem": volume.filesystem or "",
         "created": volume.created.astimezone(UTC).isoformat(timespec="seconds"),
@@ -47,7 +48,8 @@ def read(mark: Mapping[str, str], *, volume_id: VolumeId, handle: Handle, backen
         labels = _words(mark.get("labels", ""))
         check_labels(labels)
         return Volume(
-            id=volume_id,
+            id=VolumeId(mark.get("id", volume_id)),
+            moved_to=volume_id if mark.get("id", volume_id) != volume_id else None,
             name=name,
             backend=backend,
             state=VolumeState.READY,

@@ -79,18 +79,17 @@ class Mounts:
         backend = self._backends.get(volume.backend)
 
         def give_back(_: Path) -> None:
-            self._release(volume.id, backend, engine=engine, mount_id=mount_id, reason="abandoned")
+            self._release(volume.id, engine=engine, mount_id=mount_id, reason="abandoned")
 
         return backend.begin(
-            lambda: self._acquire(volume.id, backend, engine=engine, mount_id=mount_id, consumer=consumer),
+            lambda: self._acquire(volume.id, engine=engine, mount_id=mount_id, consumer=consumer),
             late=give_back,
         )
 
-    def _acquire(
-        self, volume_id: VolumeId, backend: Backend, *, engine: Engine, mount_id: str, consumer: Consumer | None
-    ) -> Path:
+    def _acquire(self, volume_id: VolumeId, *, engine: Engine, mount_id: str, consumer: Consumer | None) -> Path:
         with self._locks.hold(volume_id):
             volume = self.usable(volume_id)
+            backend = self._backends.get(volume.backend)  # it may have been moved while we waited
             if volume.mode is VolumeMode.BLOCK:
                 raise MountFailed(
                     "is a raw block volume and has no tree to mount",
@@ -120,6 +119,8 @@ class Mounts:
             self._check_access(volume, binding, bound)
         with self._repository.transaction() as transaction:
             transaction.put(binding)
+            if self._repository.migration_of(volume.id) is not None and binding.engine is not Engine.VOLUMED:
+                transaction.disturb(volume.id)
         crash.point("mount.bound")
         try:
             return self.presence.establish(volume, backend.driver, options=wanted_options([*bound, binding]))
@@ -151,11 +152,9 @@ class Mounts:
     def begin_release(self, volume: Volume, *, engine: Engine, mount_id: str) -> Pending[None]:
         """Give one hold back; the last one unmounts. Raises NotFound when there is no such hold."""
         backend = self._backends.get(volume.backend)
-        return backend.begin(
-            lambda: self._release(volume.id, backend, engine=engine, mount_id=mount_id, reason="released")
-        )
+        return backend.begin(lambda: self._release(volume.id, engine=engine, mount_id=mount_id, reason="released"))
 
-    def _release(self, volume_id: VolumeId, backend: Backend, *, engine: Engine, mount_id: str, reason: str) -> None:
+    def _release(self, volume_id: VolumeId, *, engine: Engine, mount_id: str, reason: str) -> None:
         with self._locks.hold(volume_id):
             held = self._repository.binding(volume_id, node=self.node, engine=engine, mount_id=mount_id)
             if held is None:
@@ -164,7 +163,7 @@ class Mounts:
                 with self._repository.transaction() as transaction:
                     transaction.put(msgspec.structs.replace(held, count=held.count - 1))
                 return
-            self.end(held, backend, reason=reason)
+            self.end(held, reason=reason)
 
     def drop(self, binding: Binding, *, reason: str) -> None:
         """End a binding whatever its count: its consumer is gone."""
@@ -181,11 +180,11 @@ class Mounts:
                     volume.id, node=binding.node, engine=binding.engine, mount_id=binding.mount_id
                 )
                 if held is not None:
-                    self.end(held, backend, reason=reason)
+                    self.end(held, reason=reason)
 
         backend.call(job)
 
-    def end(self, binding: Binding, backend: Backend, *, reason: str) -> None:
+    def end(self, binding: Binding, *, reason: str) -> None:
         """The binding becomes history, and the last one unmounts. The caller holds the volume's lock."""
         volume = self._repository.volume(binding.volume_id)
         with self._repository.transaction() as transaction:
@@ -194,7 +193,7 @@ class Mounts:
                 transaction.put(_ended(binding, volume, reason=reason))
         crash.point("unmount.unbound")
         if volume is not None:
-            self.settle(volume, backend)
+            self.settle(volume, self._backends.get(volume.backend))
 
     def settle(self, volume: Volume, backend: Backend) -> None:
         """Unmount the volume when nothing is bound to it. A process that still holds it keeps it mounted: that is
@@ -272,6 +271,8 @@ def describe_each(binding: Binding) -> list[str]:
 def describe(binding: Binding, consumer: Consumer | None) -> str:
     """`docker container web-1 (pid 4121) at /data`, `kubernetes pod shop/db-0`, or what is known of it."""
     where = f" on node {binding.node}" if binding.node else ""
+    if binding.engine is Engine.VOLUMED:
+        return f"volumed itself, which moves it to other storage{where}"
     if binding.staging:
         return f"{binding.engine}, which has it staged at {binding.path}{where}"
     if consumer is None:

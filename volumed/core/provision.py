@@ -71,7 +71,8 @@ class Provision:
         """The volume on its storage, ready to be mounted; the record returned has its handle and its real size."""
         driver = backend.driver
         options = read_options(driver.VolumeOptions, volume.options, subject=f"backend {backend.name}")
-        spec = VolumeSpec(id=volume.id, size=volume.size, mode=volume.mode, options=options, mark=marks.write(volume))
+        mark = marks.write(volume)
+        spec = VolumeSpec(id=volume.stored_as, size=volume.size, mode=volume.mode, options=options, mark=mark)
         made = self._copy(spec, backend, origin) if origin else driver.create(spec)
         crash.point("create.stored")
         ready = msgspec.structs.replace(volume, handle=made.handle, size=made.size, state=VolumeState.READY)
@@ -125,7 +126,7 @@ class Provision:
 
     def destroy(self, volume: Volume, backend: Backend) -> None:
         """Remove the data, or whatever a cut-short `make` left of it. Nothing may hold the volume."""
-        handle = volume.handle or backend.driver.find(volume.id)
+        handle = volume.handle or backend.driver.find(volume.stored_as)
         if handle is not None:
             self._presence.remove(msgspec.structs.replace(volume, handle=handle), backend.driver)
         self._presence.forget(volume.id)

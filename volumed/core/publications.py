@@ -83,6 +83,7 @@ class Publications:
     def _stage(self, wanted: Binding, backend: Backend) -> None:
         with self._locks.hold(wanted.volume_id):
             volume = self._mounts.usable(wanted.volume_id)
+            backend = self._backends.get(volume.backend)
             held = self._held(wanted.volume_id, wanted.path)
             if held is not None:
                 _check_same(held, wanted, volume)
@@ -128,6 +129,7 @@ class Publications:
         path = Path(wanted.path)
         with self._locks.hold(wanted.volume_id):
             volume = self._mounts.usable(wanted.volume_id)
+            backend = self._backends.get(volume.backend)
             held = self._held(wanted.volume_id, wanted.path)
             if held is not None:
                 _check_same(held, wanted, volume)
@@ -185,7 +187,7 @@ class Publications:
             if held is None:
                 return
             crash.point("unpublish.detached")
-            self._mounts.end(held, backend, reason=reason)
+            self._mounts.end(held, reason=reason)
 
     def _shows(self, volume: Volume, path: Path) -> bool:
         """Whether this volume is at a path that the ledger does not know: an older ledger was put back."""
@@ -300,6 +302,7 @@ class Publications:
             volume, held = self._repository.volume(volume_id), self._held(volume_id, str(path))
             if volume is None or held is None or not self._targets.exists(path):
                 return
+            backend = self._backends.get(volume.backend)
             source = self._mounts.presence.establish(volume, backend.driver, options=wanted_options([held]))
             self._attach(volume, held, source, path)
         self._events.publish("publication.repaired", volume.name, f"was not mounted at {path}: mounted it again")

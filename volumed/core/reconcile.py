@@ -21,7 +21,7 @@ from volumed.core.mounts import Mounts, wanted_options
 from volumed.core.presence import Observed, Presence
 from volumed.driver import BlockDriver
 from volumed.errors import HostError, InUse, OperationPending, VolumedError
-from volumed.model import Binding, Volume, VolumeId, VolumeState
+from volumed.model import Binding, Engine, Volume, VolumeId, VolumeState
 from volumed.store.repository import Repository
 
 _log = logging.getLogger(__name__)
@@ -117,10 +117,17 @@ class Reconciler:
             driver = backend.driver
             if isinstance(driver, BlockDriver) and backend.health.ok:
                 try:
-                    found |= set(backend.call(driver.mappings))
+                    found |= {known for there in backend.call(driver.mappings) if (known := self._volume_of(there))}
                 except VolumedError as error:
                     _log.warning("backend %s: %s", backend.name, error, extra={"backend": backend.name})
         return found
+
+    def _volume_of(self, storage_id: VolumeId) -> VolumeId | None:
+        """Of a device on this node; None for the other place of a move, which is the move's affair."""
+        volume = self._repository.volume_stored_as(storage_id)
+        if volume is None and self._repository.migration_holding(storage_id) is not None:
+            return None
+        return volume.id if volume else storage_id
 
     def _converge_backend(self, name: str, volumes: list[Volume]) -> None:
         try:
@@ -147,6 +154,8 @@ class Reconciler:
                 return  # the journal's, not ours
             backend = self._backends.get(volume.backend)
             held = self._repository.bindings(volume_id, node=self._node)
+            if held and all(binding.engine is Engine.VOLUMED and binding.block for binding in held):
+                return  # its blocks are being moved, and nobody else is there
             desired = Desired.BOUND if held else Desired.UNBOUND
             observed = self._presence.observe(volume, backend.driver)
             self._act(TABLE[desired, observed], volume, backend, held)

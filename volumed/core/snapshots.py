@@ -103,6 +103,7 @@ class Snapshots:
     def _create(self, volume_id: VolumeId, name: str, claim: Claim | None, backend: Backend) -> Snapshot:
         with self._locks.hold(volume_id):
             volume = self._settled(volume_id)
+            backend = self._backends.get(volume.backend)
             there = self._claimed(volume, claim.name) if claim else None
             if there is not None:
                 return there
@@ -162,6 +163,7 @@ class Snapshots:
     def _remove(self, volume_id: VolumeId, snapshot: Snapshot, backend: Backend) -> None:
         with self._locks.hold(volume_id):
             volume = self._settled(volume_id)
+            backend = self._backends.get(volume.backend)
             current = self._repository.snapshot(volume_id, snapshot.id)
             if current is None:
                 return
@@ -193,6 +195,7 @@ class Snapshots:
     def _restore(self, volume_id: VolumeId, snapshot: Snapshot, backend: Backend) -> Volume:
         with self._locks.hold(volume_id):
             volume = self._settled(volume_id)
+            backend = self._backends.get(volume.backend)
             current = self._repository.snapshot(volume_id, snapshot.id)
             if current is None or current.handle is None or current.state is not SnapshotState.READY:
                 raise NotFound(f"snapshot {snapshot.name!r} was removed", subject=f"volume {volume.name}")

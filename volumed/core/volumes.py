@@ -15,7 +15,7 @@ from volumed.core.names import check_labels, check_name, check_words
 from volumed.core.options import nearest, option_keys, read_options
 from volumed.core.placement import DEFAULT_FILESYSTEM, DEFAULT_SIZE, choose_backend
 from volumed.core.provision import Origin, Provision
-from volumed.driver import BlockDriver, Capability, SupportsExpand
+from volumed.driver import BlockDriver, Capability
 from volumed.errors import AlreadyExists, InUse, InvalidRequest, NotFound, NotSupported, OutOfRange
 from volumed.host import filesystems
 from volumed.model import (
@@ -296,6 +296,7 @@ class Volumes:
             settled = self._journal.settle_for_removal(volume)
             if settled is None:
                 return Removal(volume=volume, used=None)
+            backend = self._backends.get(settled.backend)  # it may have been moved while we waited
             self._check_removable(settled)
             with self._mounts.unmounted(settled, backend):
                 doomed = msgspec.structs.replace(settled, state=VolumeState.DELETING)
@@ -364,6 +365,7 @@ class Volumes:
             volume = self._journal.settle(self._by_id(volume_id))
             if volume is None:
                 raise NotFound("was removed a moment ago", subject=f"volume {volume_id}")
+            backend = self._backends.get(volume.backend)
             changed = msgspec.structs.replace(
                 volume,
                 labels={**volume.labels, **labels},
@@ -412,12 +414,11 @@ class Volumes:
         return backend.call(lambda: self._expand(volume.id, size, backend))
 
     def _expand(self, volume_id: VolumeId, size: int, backend: Backend) -> Volume:
-        if not isinstance(backend.driver, SupportsExpand):
-            raise NotSupported("cannot expand", subject=f"backend {backend.name}")
         with self._locks.hold(volume_id):
             volume = self._journal.settle(self._by_id(volume_id))
             if volume is None:
                 raise NotFound("was removed a moment ago", subject=f"volume {volume_id}")
+            backend = self._backends.get(volume.backend)
             if volume.size is not None and size <= volume.size:
                 return volume
             with self._journal.recorded(OperationKind.EXPAND, volume, size=size) as operation:

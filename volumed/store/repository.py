@@ -14,6 +14,11 @@
     bindings/<volume>/<node>/<engine>/<mount id>   Binding
     consumers/<consumer>/<binding's key>           index: bindings of a container
     history/<volume>/<until>/<mount id>            HistoricBinding
+    stored/<id on its storage>                     the id of a volume that was moved there
+    migrations/<id>                                Migration
+    migrating/<volume>                             the id of its move, up to the commit point
+    places/<id on storage>                         the id of the move that holds it: its target, later its source
+    disturbed/<volume>                             somebody mounted it while it was copied as blocks
 
 What people name is quoted in keys, so a name with a slash stays one segment.
 """
@@ -35,6 +40,7 @@ from volumed.model import (
     Engine,
     GroupSnapshot,
     HistoricBinding,
+    Migration,
     Node,
     Operation,
     Record,
@@ -78,6 +84,7 @@ _KEYS: dict[type[Record], Callable[[Any], str]] = {
     Binding: lambda held: _binding_key(held.volume_id, held.node, held.engine, held.mount_id),
     HistoricBinding: lambda ended: f"history/{ended.volume_id}/{ended.until.isoformat()}/{_quoted(ended.mount_id)}",
     Node: lambda node: f"nodes/{_quoted(node.name)}",
+    Migration: lambda migration: f"migrations/{_quoted(migration.id)}",
     Attachment: lambda attachment: f"attachments/{attachment.volume_id}/{_quoted(attachment.node)}",
 }
 
@@ -93,8 +100,14 @@ def _index(record: Record) -> dict[str, bytes]:
     """The keys beside the record's own that lead to it."""
     match record:
         case Volume():
-            named = {_name_key(record.name): record.id.encode()}
-            return named | {f"ephemeral/{record.id}": b""} if record.ephemeral else named
+            index = {_name_key(record.name): record.id.encode()}
+            if record.ephemeral:
+                index[f"ephemeral/{record.id}"] = b""
+            if record.moved_to is not None:
+                index[f"stored/{record.moved_to}"] = record.id.encode()
+            return index
+        case Migration():
+            return _migration_index(record)
         case Snapshot():
             index = {
                 f"snapshot-names/{record.volume_id}/{_quoted(record.name)}": record.id.encode(),
@@ -109,6 +122,16 @@ def _index(record: Record) -> dict[str, bytes]:
             key = _key(record)
             return {f"consumers/{_quoted(consumer.id)}/{key}": b"" for consumer in record.consumers}
     return {}
+
+
+def _migration_index(migration: Migration) -> dict[str, bytes]:
+    """One move per volume at a time, up to its commit point; and the place that is not the volume's, while it lasts."""
+    own = migration.id.encode()
+    if migration.phase.ended:
+        return {}
+    if migration.phase.committed:
+        return {f"places/{migration.source.stored_as}": own}
+    return {f"migrating/{migration.volume_id}": own, f"places/{migration.target.stored_as}": own}
 
 
 class Transaction:
@@ -132,6 +155,10 @@ class Transaction:
         self.puts.update(index)
         if previous is not None:
             self.deletes.extend(stale for stale in _index(previous) if stale not in index)
+
+    def disturb(self, volume_id: VolumeId) -> None:
+        """Whatever copies the volume's blocks must look at all of them again."""
+        self.puts[f"disturbed/{volume_id}"] = b""
 
     def delete(self, record: Record) -> None:
         key = _key(record)
@@ -184,6 +211,36 @@ class Repository:
 
     def volume_count(self) -> int:
         return self.store.count("volumes/")
+
+    def volume_stored_as(self, storage_id: str) -> Volume | None:
+        """The volume that its storage knows by this id."""
+        entry = self.store.get(f"stored/{_quoted(storage_id)}")
+        volume = self.volume(entry.value.decode() if entry else storage_id)
+        return volume if volume is not None and volume.stored_as == storage_id else None
+
+    # Moves
+    def migration(self, migration_id: str) -> Migration | None:
+        return _decode(Migration, self.store.get(f"migrations/{_quoted(migration_id)}"))
+
+    def migrations(self) -> list[Migration]:
+        """In the order they were begun."""
+        return self._scan(Migration, "migrations/")
+
+    def migration_of(self, volume_id: str) -> Migration | None:
+        """The one that the volume is in now, its commit point not passed."""
+        entry = self.store.get(f"migrating/{volume_id}")
+        return self.migration(entry.value.decode()) if entry else None
+
+    def migration_holding(self, storage_id: str) -> Migration | None:
+        """The one whose other place it is: what lies there is not a volume's, and no orphan either."""
+        entry = self.store.get(f"places/{_quoted(storage_id)}")
+        return self.migration(entry.value.decode()) if entry else None
+
+    def disturbed(self, volume_id: VolumeId) -> bool:
+        return self.store.get(f"disturbed/{volume_id}") is not None
+
+    def calm(self, volume_id: VolumeId) -> None:
+        self.store.commit(delete=[f"disturbed/{volume_id}"])
 
     # Snapshots
     def snapshot(self, volume_id: VolumeId, snapshot_id: SnapshotId) -> Snapshot | None:
