@@ -99,7 +99,7 @@ def _run(settings: Settings, arguments: argparse.Namespace) -> int:
     with ExitStack() as cleanup:
         store = SqliteStore(ledger_path(settings))
         cleanup.callback(store.close)
-        host = LinuxHost()
+        host = LinuxHost(settings.runtime_dir)
         core = Core(
             settings=settings,
             store=store,

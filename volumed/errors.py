@@ -65,7 +65,7 @@ class InUse(VolumedError):
     def __init__(self, text: str, *, holders: Sequence[str] = (), subject: str = "", hint: str = "") -> None:
         listed = f"{text}: {', '.join(holders)}" if holders else text
         super().__init__(listed, subject=subject, hint=hint)
-        self.holders = tuple(holders)
+        self.holders = tuple(map(blank, holders))
 
 
 class PreconditionFailed(VolumedError):
@@ -129,7 +129,7 @@ class CommandFailed(HostError):
     def __init__(self, text: str, *, returncode: int, stderr: str = "", subject: str = "", hint: str = "") -> None:
         super().__init__(text, subject=subject, hint=hint)
         self.returncode = returncode
-        self.stderr = stderr
+        self.stderr = blank(stderr)
 
 
 class MountFailed(HostError):

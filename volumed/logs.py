@@ -45,14 +45,14 @@ def _stderr_is_journal() -> bool:
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, str]:
-    found = {key: str(value) for key in FIELDS if (value := getattr(record, key, None))}
+    found = {key: blank(str(value)) for key in FIELDS if (value := getattr(record, key, None))}
     return {"request": context.request_id.get(), **found}
 
 
 class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created, UTC).strftime("%H:%M:%S.%f")[:-3]
-        line = f"{time} {record.levelname.lower():7} [{context.request_id.get()}] {record.getMessage()}"
+        line = blank(f"{time} {record.levelname.lower():7} [{context.request_id.get()}] {record.getMessage()}")
         # A name with a newline in it must not forge a line; a traceback is ours and keeps its own.
         line = line.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
         return blank(line + ("\n" + self.formatException(record.exc_info) if record.exc_info else ""))

@@ -14,6 +14,7 @@ from datetime import datetime
 import msgspec
 
 from volumed.model import now
+from volumed.redact import blank
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ class Events:
     def publish(
         self, kind: str, subject: str, text: str, *, level: int = logging.INFO, **fields: str | int | None
     ) -> None:
-        shown = {key: str(value) for key, value in fields.items() if value is not None}
+        shown = {key: blank(str(value)) for key, value in fields.items() if value is not None}
+        text = blank(text)
         with self._guard:
             event = Event(id=next(self._ids), at=now(), kind=kind, subject=subject, text=text, fields=shown)
             self._recent.append(event)

@@ -131,7 +131,8 @@ class Host(ABC):
 
     @abstractmethod
     def tree_status(self, path: Path, *, timeout: float = 5.0) -> TreeStatus:
-        """statvfs(3). Raises DeadlineExceeded when the server does not answer, HostError, for a stale handle too."""
+        """statvfs(3). Raises DeadlineExceeded when the server does not answer, MountFailed with its errno: ESTALE for
+        what the server has forgotten, ENOTCONN when the process behind a FUSE mount is dead."""
 
     # Helpers
     @abstractmethod

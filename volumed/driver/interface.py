@@ -88,6 +88,8 @@ class Driver(ABC):
     VolumeOptions: ClassVar[type[Options]] = NoOptions
     # What the shape and the mix-ins do not say: SIZE, SNAPSHOT_LIVE, CLONE_LIVE.
     capabilities: ClassVar[frozenset[Capability]] = frozenset()
+    # A server or a process stands behind the trees: whoever touches one may have to wait. Core then does so in a child.
+    remote: ClassVar[bool] = False
 
     def __init__(self, backend: str, options: Options, host: Host) -> None:
         """Does no I/O. `options` is an instance of `BackendOptions`."""

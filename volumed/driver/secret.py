@@ -7,6 +7,7 @@ is read is blanked in every log line and error from then on (`volumed.redact`).
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from volumed import redact
 from volumed.errors import ConfigError
 
 _SOURCES = ("file:/", "env:", "credential:")
+_LONGEST = 1 << 16
 
 
 def _checked(reference: str) -> str:
@@ -44,16 +46,29 @@ def read_secret(reference: Secret, *, subject: str) -> str:
     """Read anew each time, so that a rotated one is taken up. Raises ConfigError, which names the place."""
     path = secret_path(reference)
     if path is None:
-        text = os.environ.get(reference.partition(":")[2], "")
-        if not text:
-            raise ConfigError(f"{reference} is not set", subject=subject)
+        text, place = os.environ.get(reference.partition(":")[2], "").strip(), reference
     else:
-        try:
-            text = path.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "is not text"
-            raise ConfigError(f"the secret in {path} cannot be read: {reason}", subject=subject) from None
-        if not text:
-            raise ConfigError(f"the secret in {path} is empty", subject=subject)
+        text, place = _read(path, subject).strip(), f"the secret in {path}"
+    if not text:
+        raise ConfigError(f"{place} is empty" if path else f"{place} is not set", subject=subject)
+    if len(text) < redact.SHORTEST:
+        raise ConfigError(f"{place} has fewer than {redact.SHORTEST} characters", subject=subject)
     redact.register(text)
     return text
+
+
+def _read(path: Path, subject: str) -> str:
+    """A pipe would be waited for, and a device read for ever."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as opened:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ConfigError(f"the secret in {path} cannot be read: it is no file", subject=subject)
+            data = opened.read(_LONGEST + 1)
+        if len(data) > _LONGEST:
+            raise ConfigError(f"the secret in {path} has more than {_LONGEST} bytes", subject=subject)
+        return data.decode()
+    except OSError as error:
+        raise ConfigError(f"the secret in {path} cannot be read: {error.strerror}", subject=subject) from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"the secret in {path} cannot be read: it is not text", subject=subject) from None

@@ -18,12 +18,15 @@ from volumed.host.run import run
 
 FICLONE = 0x40049409
 BLKROSET = 0x125D
+RUNTIME_DIR = Path("/run/volumed")
+UNMOUNT_TIMEOUT = 30.0
 
 
 class LinuxHost(Host):
-    def __init__(self) -> None:
+    def __init__(self, runtime_dir: Path = RUNTIME_DIR) -> None:
+        """`runtime_dir` is empty after a boot; each daemon on a machine has its own."""
         self._table = mounts.MountTable()
-        self._helpers = Helpers()
+        self._helpers = Helpers(runtime_dir / "helpers")
 
     def run(
         self,
@@ -47,7 +50,10 @@ class LinuxHost(Host):
         mounts.bind(source, target, readonly=readonly, options=options)
 
     def unmount(self, target: Path) -> None:
-        mounts.unmount(target)
+        if mounts.is_served(target, self.mounts):
+            network.unmount(target, timeout=UNMOUNT_TIMEOUT, force=False)
+        else:
+            mounts.unmount(target)
 
     def is_mountpoint(self, path: Path) -> bool:
         return mounts.is_mountpoint(path)

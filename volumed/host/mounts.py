@@ -8,9 +8,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import select
+import stat
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from volumed.driver import MountEntry
@@ -53,7 +55,9 @@ _DEFAULTS = frozenset({"rw", "suid", "dev", "exec", "async", "atime", "diratime"
 _AT_FDCWD, _AT_SYMLINK_NOFOLLOW, _AT_STATX_DONT_SYNC = -100, 0x100, 0x4000
 _AT_NO_AUTOMOUNT = 0x800
 _STATX_ATTR_MOUNT_ROOT = 0x2000
-_STATX_SIZE, _ATTRIBUTES, _ATTRIBUTES_MASK = 256, 8, 56
+_STATX_SIZE, _ATTRIBUTES, _MODE, _DEVICE_MAJOR = 256, 8, 28, 136
+# Behind a server, or a process: whoever unmounts the last of these may have to wait for it.
+_SERVED = re.compile(r"nfs4?|cifs|smb3|ceph|9p|afs|fuse(\..*)?|fuseblk")
 
 
 def split_options(options: Iterable[str]) -> tuple[int, str]:
@@ -121,15 +125,37 @@ def unmount(target: Path) -> None:
 
 def is_mountpoint(path: Path) -> bool:
     """Bind mounts included; never asks a server."""
+    status = _statx(path)
+    if status is None:
+        return False
+    return bool(int.from_bytes(status[_ATTRIBUTES : _ATTRIBUTES + 8], "little") & _STATX_ATTR_MOUNT_ROOT)
+
+
+def file_type(path: Path) -> int:
+    """S_IFMT of what is there, no symbolic link followed, as far as the kernel knows it without asking a server; 0 when
+    nothing is."""
+    status = _statx(path)
+    return 0 if status is None else stat.S_IFMT(int.from_bytes(status[_MODE : _MODE + 2], "little"))
+
+
+def is_served(path: Path, table: Callable[[], Sequence[MountEntry]]) -> bool:
+    """Whether a server or a process stands behind what is mounted at `path`. Disks are told by their number."""
+    status = _statx(path)
+    if status is None or int.from_bytes(status[_DEVICE_MAJOR : _DEVICE_MAJOR + 4], "little") != 0:
+        return False
+    entry = next((entry for entry in reversed(table()) if entry.target == path), None)
+    return entry is not None and _SERVED.fullmatch(entry.fstype) is not None
+
+
+def _statx(path: Path) -> bytes | None:
     buffer = ctypes.create_string_buffer(_STATX_SIZE)
     flags = _AT_SYMLINK_NOFOLLOW | _AT_STATX_DONT_SYNC | _AT_NO_AUTOMOUNT
     if _libc.statx(_AT_FDCWD, os.fsencode(path), flags, 0, buffer):
         number = ctypes.get_errno()
         if number in (errno.ENOENT, errno.ENOTDIR):
-            return False
+            return None
         raise MountFailed(f"cannot be looked at: {os.strerror(number)}", errno=number, subject=str(path))
-    attributes = int.from_bytes(buffer.raw[_ATTRIBUTES : _ATTRIBUTES + 8], "little")
-    return bool(attributes & _STATX_ATTR_MOUNT_ROOT)
+    return buffer.raw
 
 
 def parse_mountinfo(text: str) -> list[MountEntry]:

@@ -7,6 +7,7 @@ daemon could not.
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,23 +18,29 @@ from volumed.host import mounts
 from volumed.host.holders import holders_of_mount
 from volumed.host.run import run
 
-# umount2(2) and statvfs(3) by a Python that imports nothing: the one program that is certainly here.
-_CHILD = (sys.executable, "-I", "-S", "-c")
-_UNMOUNT = """
+# umount2(2) by a Python that imports nothing: umount(8) looks at the mount first, and so asks the server.
+_UNMOUNT = (
+    *(sys.executable, "-I", "-S", "-c"),
+    """
 import ctypes, sys
 libc = ctypes.CDLL(None, use_errno=True)
 done = libc.umount2(sys.argv[1].encode("utf-8", "surrogateescape"), int(sys.argv[2]))
 print(ctypes.get_errno() if done else 0)
-"""
-_STATUS = """
-import os, sys
-try:
-    s = os.statvfs(sys.argv[1])
-    print(0, s.f_frsize, s.f_blocks, s.f_bfree, s.f_bavail, s.f_files, s.f_ffree, s.f_favail)
-except OSError as error:
-    print(error.errno)
-"""
+""",
+)
+_STATUS = ("stat", "--file-system", "--format=%S %b %f %a %c %d", "--")
 MNT_FORCE, UMOUNT_NOFOLLOW = 1, 8
+# What mount(8) takes for itself and never hands to the file system: with these it would do something else than mount.
+_OF_MOUNT = frozenset(
+    {"bind", "rbind", "move", "rmove", "remount", "loop", "private", "rprivate", "shared", "rshared", "slave", "rslave"}
+    | {"unbindable", "runbindable", "user", "users", "owner", "group", "auto", "noauto"}
+)
+_OF_MOUNT_WITH_VALUE = ("x-", "X-", "loop=", "helper=", "uhelper=", "offset=", "sizelimit=", "verity.", "comment=")
+_MEANINGS = {
+    errno.ESTALE: "its server has forgotten it (stale file handle)",
+    errno.ENOTCONN: "the process that served it is dead",
+}
+_NUMBERS = {os.strerror(number): number for number in errno.errorcode}
 
 
 def mount(
@@ -47,48 +54,66 @@ def mount(
     secrets: Sequence[str],
 ) -> None:
     """See `volumed.driver.Host.mount_network`."""
-    words = [*options, "ro" if readonly else "rw"]
+    words = [*options, *(["ro"] if readonly else [])]
+    for word in (part for option in words for part in option.split(",")):
+        if word in _OF_MOUNT or word.startswith(_OF_MOUNT_WITH_VALUE):
+            raise MountFailed(f"{fstype} cannot take the option {word!r}", errno=errno.EINVAL, subject=str(target))
+    argv: list[str | Path] = ["mount", "-t", fstype, *(["-o", ",".join(words)] if words else []), "--", source, target]
     try:
-        run(["mount", "-t", fstype, "-o", ",".join(words), "--", source, target], timeout=timeout, secrets=secrets)
+        run(argv, timeout=timeout, secrets=secrets)
     except CommandFailed as error:
+        _clear(target)  # mount(8) may fail after it has mounted
         said = error.stderr.strip().replace("\n", "; ")
         raise MountFailed(f"mounting {source} ({fstype}) failed: {said or error.text}", subject=str(target)) from None
     except DeadlineExceeded:
-        # The kernel may finish what its caller no longer waits for.
-        if mounts.is_mountpoint(target):
-            unmount(target, timeout=5.0, force=True)
-        raise
+        _clear(target)
+        raise DeadlineExceeded(
+            f"mounting {source} ({fstype}) got no answer in time", subject=str(target), hint="is its server up?"
+        ) from None
+
+
+def _clear(target: Path) -> None:
+    """The kernel may have finished what its caller no longer waited for; what it finishes later, reconciling sees."""
+    if mounts.is_mountpoint(target):
+        unmount(target, timeout=5.0, force=True)
 
 
 def unmount(target: Path, *, timeout: float, force: bool) -> None:
     """See `volumed.driver.Host.unmount_network`."""
     flags = UMOUNT_NOFOLLOW | (MNT_FORCE if force else 0)
     while mounts.is_mountpoint(target):
-        told = run([*_CHILD, _UNMOUNT, target, str(flags)], timeout=timeout)
-        number = int(told.stdout)
-        if number in (0, errno.EINVAL, errno.ENOENT):
-            continue
+        try:
+            number = int(run([*_UNMOUNT, target, str(flags)], timeout=timeout).stdout)
+        except DeadlineExceeded:
+            raise DeadlineExceeded(
+                "unmounting got no answer from its server in time", subject=f"mount {target}"
+            ) from None
         if number == errno.EBUSY:
             raise InUse("is held by", holders=holders_of_mount(target) or ["a process"], subject=f"mount {target}")
-        raise MountFailed(f"unmounting failed: {_name(number)}", errno=number, subject=str(target))
+        if number and mounts.is_mountpoint(target):
+            raise MountFailed(f"unmounting failed: {os.strerror(number)}", errno=number, subject=str(target))
 
 
 def status(path: Path, *, timeout: float) -> TreeStatus:
     """See `volumed.driver.Host.tree_status`."""
-    told = [int(word) for word in run([*_CHILD, _STATUS, path], timeout=timeout).stdout.split()]
-    if told[0] != 0:
-        hint = "its server has forgotten it: it is mounted anew soon" if told[0] == errno.ESTALE else ""
-        raise HostError(f"cannot be measured: {_name(told[0])}", subject=str(path), hint=hint)
-    unit, blocks, free, available, files, files_free, files_available = told[1:]
+    try:
+        told = run([*_STATUS, path], timeout=timeout)
+    except DeadlineExceeded:
+        raise DeadlineExceeded("its server does not answer", subject=str(path)) from None
+    except CommandFailed as error:
+        reason = error.stderr.strip().rpartition(": ")[2]
+        number = _NUMBERS.get(reason, 0)
+        text = _MEANINGS.get(number, reason or error.text)
+        raise MountFailed(f"cannot be measured: {text}", errno=number, subject=str(path)) from None
+    try:
+        unit, blocks, free, available, files, files_free = (int(word) for word in told.stdout.split())
+    except ValueError:
+        raise HostError(f"cannot be measured: stat(1) said {told.stdout[:100]!r}", subject=str(path)) from None
     return TreeStatus(
         total=blocks * unit,
         used=(blocks - free) * unit,
         available=available * unit,
         inodes=files,
         inodes_used=files - files_free,
-        inodes_available=files_available,
+        inodes_available=files_free,
     )
-
-
-def _name(number: int) -> str:
-    return f"{errno.errorcode.get(number, str(number))}"

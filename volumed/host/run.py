@@ -25,6 +25,8 @@ ENVIRONMENT = {"LC_ALL": "C.UTF-8", "PATH": "/usr/local/sbin:/usr/local/bin:/usr
 # A child in uninterruptible sleep does not die of SIGKILL before its system call returns: it is left behind then.
 REAP_TIMEOUT = 1.0
 MAX_SHOWN = 2000
+# Those left behind, by pid. While one hangs the same command is not started again: it would hang beside it.
+_left: dict[int, tuple[str, ...]] = {}
 
 
 def run(
@@ -40,6 +42,9 @@ def run(
     words = [str(word) for word in argv]
     shown = _blank(shlex.join(words), secrets)
     _log.debug("run: %s", shown)
+    _reap()
+    if tuple(words) in _left.values():
+        raise DeadlineExceeded(f"`{shown}` was started before and still hangs in the kernel")
     try:
         child = subprocess.Popen(
             words,
@@ -83,7 +88,16 @@ def _kill(child: subprocess.Popen[str]) -> None:
         child.wait(REAP_TIMEOUT)
         return
     _log.error("process %d does not die: the kernel holds it", child.pid)
+    _left[child.pid] = tuple(map(str, child.args)) if isinstance(child.args, list) else ()
     child.returncode = -signal.SIGKILL  # or Popen would wait for it for ever
+
+
+def _reap() -> None:
+    for pid in list(_left):
+        with contextlib.suppress(ChildProcessError):
+            if os.waitpid(pid, os.WNOHANG)[0] == 0:
+                continue
+        _left.pop(pid, None)
 
 
 def _blank(text: str, secrets: Sequence[str]) -> str:
