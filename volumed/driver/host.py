@@ -157,6 +157,12 @@ class Host(ABC):
     def stop_helper(self, name: str, *, timeout: float = 10.0) -> None:
         """End it (SIGTERM, then SIGKILL) and forget it. None there is success."""
 
+    @abstractmethod
+    def private_folder(self, name: str) -> Path:
+        """A folder that root alone can look into, gone after a boot; made if it is missing. For what a helper must be
+        given in a file (its key), or as a place. Whoever puts something into it takes it out again. `name`: as a
+        helper's."""
+
     # Devices
     @abstractmethod
     def find_device(self, *choices: Mapping[str, str]) -> Path | None:

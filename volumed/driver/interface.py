@@ -138,7 +138,16 @@ class Driver(ABC):
 
 
 class FilesystemDriver(Driver):
-    """Storage that holds trees."""
+    """Storage that holds trees.
+
+    `cannot_hold`: what a tree may have and this storage loses or refuses, whatever its backend's probe finds; whoever
+    copies a tree here (migration) refuses or says what is lost. Words: hardlinks, symlinks, devices, fifos, sockets,
+    xattrs, acls, owners, modes, times, sparse (holes take room), locks (they bind one node only), atomic-rename (a
+    folder moves file by file), long-paths (of more than 1,000 bytes), control-characters (in names), open-unlinked
+    (a removed file that is still open).
+    """
+
+    cannot_hold: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def mount(self, handle: Handle, target: Path, *, options: Sequence[str], readonly: bool) -> None:

@@ -122,6 +122,14 @@ class Helpers:
                 raise HostError("does not end: the kernel holds it", subject=f"helper {name} (pid {found.pid})")
         shutil.rmtree(self._place(name), ignore_errors=True)
 
+    def private_folder(self, name: str) -> Path:
+        """Not within the helper's own, which goes with all that is in it: this one may have a tree mounted inside."""
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of a helper")
+        place = self._folder.with_name("private") / name
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return place
+
     def _place(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
             raise ValueError(f"{name!r} is no name of a helper")

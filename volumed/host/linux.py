@@ -108,6 +108,9 @@ class LinuxHost(Host):
     def stop_helper(self, name: str, *, timeout: float = 10.0) -> None:
         self._helpers.stop(name, timeout=timeout)
 
+    def private_folder(self, name: str) -> Path:
+        return self._helpers.private_folder(name)
+
     # Devices
     def find_device(self, *choices: Mapping[str, str]) -> Path | None:
         return devices.find(choices)

@@ -113,6 +113,9 @@ class FakeHost(Host):
         self._called("stop_helper", name)
         self._helpers.pop(name, None)
 
+    def private_folder(self, name: str) -> Path:
+        raise HostError("has no folder of its own", subject="the fake host")
+
     def find_device(self, *choices: Mapping[str, str]) -> Path | None:
         found = (self.devices.get(tuple(sorted(properties.items()))) for properties in choices)
         return next((device for device in found if device is not None), None)
