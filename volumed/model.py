@@ -163,14 +163,21 @@ class GroupSnapshot(Record, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Node(Record, frozen=True, kw_only=True, omit_defaults=True):
-    """A host that runs volumed. `topology`: where it is, as `volumed.csi/node` and the configuration say."""
+    """A host that runs volumed. `topology`: where it is, as `volumed.csi/node`, its backends and the configuration say.
+    `machines`: what each backend that attaches volumes calls this machine."""
 
     name: str
     topology: dict[str, str] = {}
+    machines: dict[str, str] = {}
 
 
 class Attachment(Record, frozen=True, kw_only=True, omit_defaults=True):
-    """An orchestrator's word that a volume is meant for a node, before anything happens there."""
+    """A volume is meant for a node: by an orchestrator's word, before anything happens there, or because the node uses
+    it and its storage attaches volumes to machines.
+
+    On such storage it is written before the storage is asked and deleted after the storage let go: what a crash cut
+    short is known by it.
+    """
 
     volume_id: VolumeId
     node: str
@@ -178,6 +185,9 @@ class Attachment(Record, frozen=True, kw_only=True, omit_defaults=True):
     since: datetime
     readonly: bool = False
     block: bool = False
+    ordered: bool = True  # an orchestrator takes it back; else it goes when the node has let go of the volume
+    machine: str = ""  # of the node, as the storage names it; empty: this storage attaches nothing
+    attached: bool = False  # the storage has said so
 
 
 class Engine(enum.StrEnum):

@@ -13,11 +13,12 @@ import pytest
 from tests.conftest import MakeFilesystem, wait_until
 from tests.crash.killing import CSI_AREAS, assert_agree, crash_points, live_through
 from tests.crash.test_csi_crash_points import CASES as CSI_CASES
+from tests.harness.attached import installed
 from tests.harness.volumed import ApiError, Volumed
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
-BACKENDS = ("local", "sized", "tree")
+BACKENDS = ("local", "sized", "tree", "attached")
 
 
 def is_passed(backend: str, point: str) -> bool:
@@ -25,6 +26,8 @@ def is_passed(backend: str, point: str) -> bool:
     area = point.partition(".")[0]
     if area in CSI_AREAS:
         return False  # tests/crash/test_csi_crash_points.py
+    if area in ("attach", "detach") or backend == "attached":
+        return backend == "attached" and area in ("attach", "detach")
     own = {"local": "directory", "sized": "image", "tree": "btrfs"}
     if area in ("directory", "image", "btrfs", "lvm"):
         return area == own[backend]
@@ -57,6 +60,9 @@ def volumed(tmp_path: Path, make_filesystem: MakeFilesystem, request: pytest.Fix
     folder = tmp_path / "volumed"
     folder.mkdir()
     made = Volumed(folder, backends=more)
+    if backend == "attached":
+        made = Volumed(folder, backends=f'[backends.attached]\ndriver = "attached"\npath = "{folder}/volumes"\n')
+        made.env = installed(tmp_path / "drivers")
     try:
         yield made
     finally:
@@ -70,10 +76,10 @@ class Life:
         self._volumed = volumed
         self._backend = {"sized": "shared"}.get(backend, backend)
         self._options = {"size": "64m"} if backend == "tree" else {"size": "300m", "fs": "xfs"}
-        if backend == "local":
+        if backend in ("local", "attached"):
             self._options = {}
         self._mounts = 0
-        self._copies = backend != "local"
+        self._copies = backend not in ("local", "attached")
 
     def steps(self) -> list[Callable[[], None]]:
         plain = [self._create, self._mount, lambda: self._write(b"then"), self._unmount]
@@ -167,6 +173,7 @@ class Life:
 def test_killed_at(volumed: Volumed, backend: str, point: str) -> None:
     assert live_through(volumed, Life(volumed, backend).steps(), point) == 1, f"{point} was not passed"
     volumed.assert_nothing_left()
+    assert list(volumed.folder.glob("attached/*/*")) == []
 
 
 @pytest.mark.parametrize("backend", ["sized"])

@@ -66,6 +66,7 @@ class Volumed:
         self.targets = folder / "pods"  # where an orchestrator may want its volumes
         self.config = folder / "volumed.toml"
         self.api = Client(self.admin_socket)
+        self.env: dict[str, str] = {}  # of every start
         self._process: Process | None = None
         self._serves_csi = csi is not None
         self.config.write_text(
@@ -106,7 +107,9 @@ arguments = {json.dumps(list(podman or ()))}
 
     def start(self, *, env: Mapping[str, str] | None = None, wait: bool = True) -> None:
         self._process = Process(
-            [sys.executable, "-m", "volumed.daemon", "--config", self.config], log=self.folder / "volumed.log", env=env
+            [sys.executable, "-m", "volumed.daemon", "--config", self.config],
+            log=self.folder / "volumed.log",
+            env={**self.env, **(env or {})},
         )
         if wait:
             self.wait_ready()

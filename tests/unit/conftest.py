@@ -43,8 +43,9 @@ class FakeEngine(ConsumerSource):
 class Lab:
     """A core that can be restarted over the same ledger, mounts and storage."""
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
+    def __init__(self, folder: Path, *, driver: type[MemoryDriver] = MemoryDriver, **settings: Any) -> None:
         self.host = FakeHost()
+        self._driver = driver
         self.storages: dict[str, MemoryStorage] = {}
         self.docker = FakeEngine(Engine.DOCKER)
         self.root = folder / "pods"  # where an orchestrator may want its volumes
@@ -65,7 +66,7 @@ class Lab:
     def start(self) -> None:
         storages = self.storages
 
-        class Driver(MemoryDriver):
+        class Driver(self._driver):  # type: ignore[misc, name-defined]
             def __init__(self, backend: str, options: Options, host: Host) -> None:
                 super().__init__(backend, options, host, storages.setdefault(backend, MemoryStorage()))
 

@@ -1,15 +1,16 @@
 """Who may use a volume beside whom: access modes, held to over all engines and nodes alike.
 
 Two uses are compatible when each one's mode bears the other. A use without a mode is a Docker or Podman container's:
-it goes together with any other on its node that asks for no more than that.
+it goes together with any other that asks for no more than that, on every node that its storage reaches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import NamedTuple
 
-from volumed.model import AccessMode, Attachment, Binding
+from volumed.driver import BlockDriver, Capability, Driver
+from volumed.model import AccessMode, Attachment, Binding, Volume, VolumeMode
 
 
 class Use(NamedTuple):
@@ -25,9 +26,18 @@ class Use(NamedTuple):
         return not (self.readonly or (self.mode is not None and self.mode.reader_only))
 
 
-def use_of(binding: Binding) -> Use:
+def one_node_only(volume: Volume, driver: Driver, capabilities: Container[Capability]) -> bool:
+    """Whether two nodes cannot have the volume at once, whatever a container engine asks: its storage does not reach
+    both, or what lies on its device is a file system that knows of one kernel alone."""
+    holds_filesystem = isinstance(driver, BlockDriver) and volume.mode is VolumeMode.FILESYSTEM
+    return holds_filesystem or Capability.MULTI_NODE not in capabilities
+
+
+def use_of(binding: Binding, *, one_node: bool = False) -> Use:
+    """`one_node`: that an engine which says nothing means one node alone."""
     path = binding.path or f"{binding.engine}:{binding.mount_id}"
-    return Use(node=binding.node, path=path, mode=binding.access, readonly=binding.readonly)
+    unsaid = AccessMode.SINGLE_NODE_MULTI_WRITER if one_node else None
+    return Use(node=binding.node, path=path, mode=binding.access or unsaid, readonly=binding.readonly)
 
 
 def attachment_use(attachment: Attachment) -> Use:

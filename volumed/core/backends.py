@@ -132,6 +132,7 @@ class Backend:
         self.lacking: dict[Capability, str] = {}
         self.capabilities = self._capabilities()
         self.facts: dict[str, str] = {}
+        self.topology: Mapping[str, str] = {}  # where a node must be to reach its volumes
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix=f"backend-{name}")
         # Bursts wait their turn; with more than this waiting the backend is not keeping up, or hangs.
         self.room = workers + waiting
@@ -151,13 +152,13 @@ class Backend:
         raise NotSupported(reason, subject=f"backend {self.name}")
 
     def probe(self) -> None:
-        """Look at the storage; what is found, or the error, is kept in `health`, `lacking` and `facts`."""
+        """Look at the storage; what is found, or the error, is kept in `health`, `lacking`, `facts`, `topology`."""
         try:
             found = self.driver.probe()
         except VolumedError as error:
             self.unavailable(str(error))
             return
-        self.lacking, self.facts = found.lacking, found.facts
+        self.lacking, self.facts, self.topology = found.lacking, found.facts, found.topology
         self.capabilities = self._capabilities()
         self.health = Health(ok=True, checked=now())
 

@@ -28,6 +28,7 @@ from volumed.core.mounts import Mounts
 from volumed.core.presence import Presence
 from volumed.core.provision import Provision
 from volumed.core.publications import Publications
+from volumed.core.reach import Reach
 from volumed.core.reconcile import Reconciler
 from volumed.core.snapshots import Snapshots
 from volumed.core.targets import Targets
@@ -69,7 +70,8 @@ class Core:
         locks = KeyedLocks()
         mounts_dir = settings.state_dir / "mounts"
         mounts_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
-        presence = Presence(host, mounts_dir)
+        self.reach = Reach(node=self.node, repository=self.repository, backends=self.backends)
+        presence = Presence(host, mounts_dir, self.reach)
         self.mounts = Mounts(
             node=self.node,
             repository=self.repository,
@@ -123,6 +125,7 @@ class Core:
             limit=settings.csi.max_volumes,
             repository=self.repository,
             backends=self.backends,
+            reach=self.reach,
             locks=locks,
         )
         self.publications = Publications(
@@ -151,6 +154,7 @@ class Core:
             repository=self.repository,
             backends=self.backends,
             presence=presence,
+            reach=self.reach,
             mounts=self.mounts,
             locks=locks,
             events=self.events,
@@ -175,9 +179,9 @@ class Core:
     def recover(self) -> None:
         """Before anybody is served: the backends are probed, what a crash cut short is settled, and every volume that
         is bound is mounted again. A backend that hangs is left behind after a few seconds."""
-        self._each_backend(lambda backend: backend.probe(), patience=5.0)
-        self.journal.recover()
+        self._each_backend(self._look_at, patience=5.0)
         self.attachments.register()
+        self.journal.recover()
         with context.request(timeout=PATIENCE):
             self.reconciler.run()
             self.publications.reconcile()
@@ -216,6 +220,11 @@ class Core:
         for thread in jobs:
             thread.join()
 
+    def _look_at(self, backend: Backend) -> None:
+        backend.probe()
+        if backend.health.ok:
+            self.reach.learn(backend)
+
     @staticmethod
     def _try(backend: Backend, job: Callable[[Backend], None], patience: float) -> None:
         try:
@@ -242,7 +251,8 @@ class Core:
                 with context.request(timeout=PATIENCE):
                     self._guarded("publications", self.publications.reconcile)
                 self._guarded("usage", self.usage.refresh_mounted)
-                self._each_backend(lambda backend: backend.probe(), patience=PATIENCE)
+                self._each_backend(self._look_at, patience=PATIENCE)
+                self._guarded("the node's record", self.attachments.register)
                 due = time.monotonic() + self.settings.reconcile_interval
 
     def _follow(self, source: ConsumerSource) -> None:

@@ -18,8 +18,8 @@ from volumed.core.journal import Journal
 from volumed.core.locks import KeyedLocks
 from volumed.core.presence import Presence, remove_mount_point
 from volumed.core.reconcile import TABLE, Action, Desired, Reconciler
-from volumed.driver import Driver, Found, FoundSnapshot, SupportsSnapshots
-from volumed.errors import VolumedError
+from volumed.driver import Driver, Found, FoundSnapshot, SupportsAttach, SupportsSnapshots
+from volumed.errors import OperationPending, VolumedError
 from volumed.model import Snapshot, SnapshotId, SnapshotState, Volume, VolumeId, VolumeState
 from volumed.store.repository import Repository
 
@@ -192,6 +192,9 @@ class Doctor:
                 )
         if isinstance(backend.driver, SupportsSnapshots):
             yield from self._snapshots(backend, backend.driver)
+        if isinstance(backend.driver, SupportsAttach):
+            for volume in known.values():
+                yield from self._attached(volume, backend, backend.driver)
 
     def _snapshots(self, backend: Backend, driver: SupportsSnapshots) -> Iterator[_Case]:
         there = {found.snapshot_id: found for found in backend.call(lambda: list(driver.list_snapshots()))}
@@ -216,6 +219,26 @@ class Doctor:
                     f"backend {backend.name} has nothing of it any more",
                     "remove the snapshot",
                 )
+
+    def _attached(self, volume: Volume, backend: Backend, driver: SupportsAttach) -> Iterator[_Case]:
+        """Who has the volume by the storage's word, beside the ledger's; not while somebody is changing it."""
+        handle = volume.handle
+        if handle is None:
+            return
+        try:
+            with self._locks.hold(volume.id, wait=0.0):
+                there = set(backend.call(lambda: driver.machines(handle)))
+                known = self._repository.attachments(volume.id)
+        except OperationPending:
+            return
+        subject = f"volume {volume.name}"
+        for machine in sorted(there - {attachment.machine for attachment in known}):
+            text = f"is attached to {machine}, and not by volumed"
+            yield _only_report("attached-elsewhere", subject, text, "detach it there by hand, or find out who did it")
+        for attachment in known:
+            if attachment.attached and attachment.machine not in there:
+                text = f"is not attached to {attachment.machine} any more, and node {attachment.node} should have it"
+                yield _only_report("not-attached", subject, text, "restart what uses it there")
 
     def _orphan(self, backend: Backend, found: Found) -> _Case:
         finding = Finding(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from volumed.core.access import conflicts, use_of
+from volumed.core.access import Use, attachment_use, conflicts, one_node_only, use_of
 from volumed.core.backends import Backend, Backends, Pending
 from volumed.core.events import Events
 from volumed.core.locks import KeyedLocks
@@ -133,14 +133,22 @@ class Mounts:
             raise
 
     def _check_access(self, volume: Volume, binding: Binding, bound: Iterable[Binding]) -> None:
-        others = {use_of(other): other for other in bound if not other.staging}
-        refused = conflicts(use_of(binding), others)
+        backend = self._backends.get(volume.backend)
+        one_node = one_node_only(volume, backend.driver, backend.capabilities)
+        others: dict[Use, list[str]] = {
+            use_of(other, one_node=one_node): describe_each(other) for other in bound if not other.staging
+        }
+        for attachment in self._repository.attachments(volume.id):
+            if attachment.node != self.node:
+                others.setdefault(attachment_use(attachment), [f"node {attachment.node}, which has it attached"])
+        mine = use_of(binding, one_node=one_node)
+        refused = conflicts(mine, others)
         if not refused:
             return
-        modes = {str(use.mode) for use in (use_of(binding), *refused) if use.mode is not None}
+        modes = {str(use.mode) for use in (mine, *refused) if use.mode is not None}
         raise InUse(
             f"cannot be used so ({', '.join(sorted(modes))}) beside",
-            holders=[line for use in refused for line in describe_each(others[use])],
+            holders=[line for use in refused for line in others[use]],
             subject=f"volume {volume.name}",
             hint="stop them first, or use it in a mode that allows both",
         )

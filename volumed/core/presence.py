@@ -12,12 +12,16 @@ import os
 import threading
 from collections.abc import Sequence, Set
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from volumed.driver import BlockDriver, Driver, FilesystemDriver, Host
-from volumed.errors import HostError, IntegrityError, MountFailed
+from volumed.errors import HostError, IntegrityError, MountFailed, VolumedError
 from volumed.host import filesystems
 from volumed.model import Handle, Ownership, Volume, VolumeId, VolumeMode
 from volumed.testing import crash
+
+if TYPE_CHECKING:
+    from volumed.core.reach import Reach
 
 
 class Observed(enum.StrEnum):
@@ -37,9 +41,10 @@ def handle_of(volume: Volume) -> Handle:
 
 
 class Presence:
-    def __init__(self, host: Host, mounts_dir: Path) -> None:
+    def __init__(self, host: Host, mounts_dir: Path, reach: Reach) -> None:
         self.host = host
         self.mounts_dir = mounts_dir
+        self._reach = reach
         self._mounted: set[VolumeId] = set()  # a memory of the mount table, renewed by every `scan`
         self._remembering = threading.Lock()  # a scan must not forget what was mounted while it read
 
@@ -113,10 +118,16 @@ class Presence:
         else:
             target.mkdir(mode=0o700, exist_ok=True)
         every = (*volume.mount_options, *(option for option in options if option not in volume.mount_options))
-        if isinstance(driver, FilesystemDriver):
-            driver.mount(handle, target, options=every, readonly=False)
-        elif isinstance(driver, BlockDriver):
-            self._mount_device(volume, driver, handle, target, options=every)
+        self._reach.attach_here(volume)
+        try:
+            if isinstance(driver, FilesystemDriver):
+                driver.mount(handle, target, options=every, readonly=False)
+            elif isinstance(driver, BlockDriver):
+                self._mount_device(volume, driver, handle, target, options=every)
+        except BaseException:
+            with contextlib.suppress(VolumedError):
+                self._reach.detach_here(volume)
+            raise
         self._remember(volume.id, mounted=True)
         crash.point("mount.mounted")
         return target
@@ -164,17 +175,23 @@ class Presence:
         crash.point("unmount.unmounted")
         if isinstance(driver, BlockDriver):
             driver.unmap(volume.handle)
+        self._reach.detach_here(volume)
 
     def forget(self, volume_id: VolumeId) -> None:
         """The mount point of a volume that goes for good. Raises HostError when it holds files: somebody wrote them
         while the volume was not mounted, and only a person can say whose they are."""
         remove_mount_point(self.path(volume_id))
 
+    def _device(self, volume: Volume, driver: BlockDriver) -> Path:
+        """On this node, with nothing mounted; `remove` takes it away."""
+        self._reach.attach_here(volume)
+        return driver.map(handle_of(volume))
+
     def format(self, volume: Volume, driver: BlockDriver) -> None:
         """A new file system on a new volume, and the root of its tree as it was asked for."""
         if volume.filesystem is None:
             return
-        device = driver.map(handle_of(volume))
+        device = self._device(volume, driver)
         filesystems.get(volume.filesystem).mkfs(self.host, device, options=volume.mkfs_options)
         crash.point("create.formatted")
 
@@ -182,7 +199,7 @@ class Presence:
         """Make the file system of a copy its own: another identity than its original's, as large as its device."""
         if volume.filesystem is None:
             return
-        device = driver.map(handle_of(volume))
+        device = self._device(volume, driver)
         kind = filesystems.get(volume.filesystem)
         kind.check(self.host, device)
         kind.renew(self.host, device)

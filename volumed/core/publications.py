@@ -213,7 +213,14 @@ class Publications:
             raise PreconditionFailed(f"holds {volume.filesystem}, not {usage.filesystem}", subject=subject)
         check_words(usage.mount_options, what="mount-options")
         if not usage.access.single_node:
-            self._backends.get(volume.backend).require(Capability.MULTI_NODE)
+            backend = self._backends.get(volume.backend)
+            backend.require(Capability.MULTI_NODE)
+            if isinstance(backend.driver, BlockDriver) and not usage.block:
+                raise PreconditionFailed(
+                    f"holds {volume.filesystem}, which knows of one node alone, so {usage.access} cannot be had",
+                    subject=subject,
+                    hint="use it as a raw device, or a backend whose volumes are trees, as nfs and cephfs",
+                )
 
     def _check_staged(self, volume: Volume, staged_at: str, usage: Usage) -> None:
         subject = f"volume {volume.name}"

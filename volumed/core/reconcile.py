@@ -19,6 +19,7 @@ from volumed.core.events import Events
 from volumed.core.locks import KeyedLocks
 from volumed.core.mounts import Mounts, wanted_options
 from volumed.core.presence import Observed, Presence
+from volumed.core.reach import Reach
 from volumed.driver import BlockDriver
 from volumed.errors import HostError, InUse, OperationPending, VolumedError
 from volumed.model import Binding, Engine, Volume, VolumeId, VolumeState
@@ -59,6 +60,7 @@ class Reconciler:
         repository: Repository,
         backends: Backends,
         presence: Presence,
+        reach: Reach,
         mounts: Mounts,
         locks: KeyedLocks,
         events: Events,
@@ -69,6 +71,7 @@ class Reconciler:
         self._repository = repository
         self._backends = backends
         self._presence = presence
+        self._reach = reach
         self._mounts = mounts
         self._locks = locks
         self._events = events
@@ -83,7 +86,7 @@ class Reconciler:
             self._tidy(mounted)
         suspects = bound ^ mounted
         if thorough:
-            suspects = bound | mounted | self.mapped()
+            suspects = bound | mounted | self.mapped() | self._reach.left_here()
         by_backend: dict[str, list[Volume]] = {}
         for volume_id in suspects:
             volume = self._repository.volume(volume_id)
@@ -159,6 +162,8 @@ class Reconciler:
             desired = Desired.BOUND if held else Desired.UNBOUND
             observed = self._presence.observe(volume, backend.driver)
             self._act(TABLE[desired, observed], volume, backend, held)
+            if (desired, observed) == (Desired.UNBOUND, Observed.ABSENT):
+                self._reach.detach_here(volume)
 
     def _act(self, action: Action, volume: Volume, backend: Backend, held: Sequence[Binding]) -> None:
         if action is Action.NOTHING:

@@ -318,7 +318,11 @@ class Volumes:
         holders = self._mounts.holders(volume)
         if holders:
             raise InUse("is in use by", holders=holders, subject=f"volume {volume.name}")
-        nodes = [attachment.node for attachment in self._repository.attachments(volume.id)]
+        nodes = [
+            attachment.node
+            for attachment in self._repository.attachments(volume.id)
+            if attachment.ordered or attachment.node != self._mounts.node  # its own this node detaches by itself
+        ]
         if nodes:
             raise InUse("is attached to node", holders=nodes, subject=f"volume {volume.name}", hint="detach it first")
         snapshots = [snapshot.name for snapshot in self._repository.snapshots(volume.id)]

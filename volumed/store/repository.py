@@ -289,6 +289,12 @@ class Repository:
     def node(self, name: str) -> Node | None:
         return _decode(Node, self.store.get(f"nodes/{_quoted(name)}"))
 
+    def nodes(self) -> list[Node]:
+        return self._scan(Node, "nodes/")
+
+    def attachment(self, volume_id: VolumeId, node: str) -> Attachment | None:
+        return _decode(Attachment, self.store.get(f"attachments/{volume_id}/{_quoted(node)}"))
+
     def attachments(self, volume_id: VolumeId | None = None) -> list[Attachment]:
         return self._scan(Attachment, f"attachments/{volume_id}/" if volume_id else "attachments/")
 

@@ -33,6 +33,7 @@ from volumed.driver import (
 )
 from volumed.errors import NotFound, VolumedError
 from volumed.model import Handle, SnapshotId, VolumeId
+from volumed.testing.attached import AttachedToMachines, FencedMachines
 
 TOTAL = 1 << 50
 
@@ -202,3 +203,22 @@ class MemoryDriver(
     def capacity(self) -> Capacity:
         self.before("capacity")
         return Capacity(total=TOTAL, available=TOTAL)
+
+
+class AttachedMemoryDriver(AttachedToMachines, MemoryDriver):
+    """Memory that a machine must have attached before it can mount it."""
+
+    def attachments_folder(self) -> Path:
+        return self.storage.folder / "attached"
+
+    def attach(self, handle: Handle, machine: str) -> None:
+        self.before("attach")
+        super().attach(handle, machine)
+
+    def detach(self, handle: Handle, machine: str, *, force: bool = False) -> None:
+        self.before("detach")
+        super().detach(handle, machine, force=force)
+
+
+class FencedMemoryDriver(FencedMachines, AttachedMemoryDriver):
+    """... and from which a machine can be cut off."""

@@ -9,7 +9,6 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from volumed.core.core import Core
 from volumed.core.health import Ailment, Severity
-from volumed.driver import Capability
 from volumed.frontends.csi.proto import csi_pb2 as csi
 from volumed.model import GroupSnapshot, Snapshot, Volume
 
@@ -40,9 +39,8 @@ def write_volume(message: csi.Volume, core: Core, volume: Volume) -> None:
 
 def topology_of(core: Core, volume: Volume) -> list[csi.Topology]:
     """Nothing for a volume that every node reaches."""
-    if Capability.MULTI_NODE in core.backends.get(volume.backend).capabilities:
-        return []
-    return [_topology(tuple(core.attachments.topology.items()))]
+    bounds = core.attachments.bounds(core.backends.get(volume.backend))
+    return [_topology(tuple(bounds.items()))] if bounds else []
 
 
 @functools.cache
