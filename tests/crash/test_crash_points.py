@@ -26,8 +26,9 @@ def is_passed(backend: str, point: str) -> bool:
     area = point.partition(".")[0]
     if area in CSI_AREAS:
         return False  # tests/crash/test_csi_crash_points.py
-    if area in ("attach", "detach") or backend == "attached":
-        return backend == "attached" and area in ("attach", "detach")
+    machines = area in ("attach", "detach", "takeover")
+    if machines or backend == "attached":
+        return machines and backend == "attached"
     own = {"local": "directory", "sized": "image", "tree": "btrfs"}
     if area in ("directory", "image", "btrfs", "lvm"):
         return area == own[backend]
@@ -80,6 +81,7 @@ class Life:
             self._options = {}
         self._mounts = 0
         self._copies = backend not in ("local", "attached")
+        self._machines = backend == "attached"
 
     def steps(self) -> list[Callable[[], None]]:
         plain = [self._create, self._mount, lambda: self._write(b"then"), self._unmount]
@@ -100,7 +102,13 @@ class Life:
             lambda: self._remove("copy"),
             lambda: self._remove("older"),
         ]
-        return [*plain, *(copies if self._copies else []), lambda: self._remove("data")]
+        machines = [self._take_over, self._mount, self._unmount]
+        return [
+            *plain,
+            *(copies if self._copies else []),
+            *(machines if self._machines else []),
+            lambda: self._remove("data"),
+        ]
 
     def _ok(self, endpoint: str, **fields: Any) -> None:
         answer = self._volumed.plugin(endpoint, **fields)
@@ -163,6 +171,16 @@ class Life:
         except ApiError as error:
             if error.code != "not_found":
                 raise
+
+    def _take_over(self) -> None:
+        """From a machine that somebody attached it to by hand."""
+        volume_id = self._volumed.api.get("volumes", "data")["id"]
+        folder = self._volumed.folder / "attached" / volume_id
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "machine-9").touch()
+        told = self._volumed.api.post("volumes", "data", "takeover", body={})
+        assert told["proof"] == "its storage has cut off machine machine-9"
+        assert list(folder.iterdir()) == []
 
     def _remove(self, name: str) -> None:
         answer = self._volumed.plugin("Remove", Name=name)

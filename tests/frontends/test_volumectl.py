@@ -208,3 +208,15 @@ def test_shown_values() -> None:
     assert (size(None), size(1 << 30)) == ("-", "1 GiB")
     assert ago(None) == "-"
     assert ago("2020-01-01T00:00:00Z").endswith("days ago")
+
+
+def test_takeover_says_who_has_it_and_needs_proof(volumed: Volumed) -> None:
+    volumed.ctl("create", "data")
+    shown = volumed.ctl("takeover", "data", "--dry-run").stdout
+    assert "the storage cannot tell" in shown
+    assert "nothing: nobody else has it" in shown
+    assert as_json(volumed, "takeover", "data")["done"] is True
+    refused = volumed.ctl("takeover", "data", "--force-with-operator-word", check=False)
+    assert refused.returncode == 130
+    assert "without power" in refused.stderr
+    assert volumed.ctl("takeover", "data", "--from", "node-1", check=False).returncode == EXIT_CODES["invalid_request"]

@@ -24,4 +24,5 @@ EXIT_CODES: dict[str, int] = {
     "driver_load_error": 15,
     "unreachable": 16,  # no daemon answers
     "findings": 17,  # `doctor` found something that is not fixed
+    "precondition_failed": 18,
 }

@@ -17,6 +17,7 @@ from volumed.cli.health import completion, doctor, events, version
 from volumed.cli.output import Output, clean
 from volumed.cli.session import Session
 from volumed.cli.snapshots import snapshot
+from volumed.cli.takeover import takeover
 from volumed.cli.volumes import clone, create, df, expand, inspect, ls, rm
 
 
@@ -37,7 +38,7 @@ def cli(context: click.Context, socket: Path, output: str) -> None:
 
 for command in (
     *(create, clone, ls, inspect, df, expand, rm),
-    *(snapshot, who, what, ps),
+    *(snapshot, who, what, ps, takeover),
     *(backend, driver, events, doctor, version, completion),
 ):
     cli.add_command(command)

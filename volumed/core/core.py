@@ -31,6 +31,7 @@ from volumed.core.publications import Publications
 from volumed.core.reach import Reach
 from volumed.core.reconcile import Reconciler
 from volumed.core.snapshots import Snapshots
+from volumed.core.takeover import Takeovers
 from volumed.core.targets import Targets
 from volumed.core.usage import Usage
 from volumed.core.volumes import Volumes
@@ -146,6 +147,15 @@ class Core:
             locks=locks,
             events=self.events,
             grace=settings.consumer_grace,
+        )
+        self.takeovers = Takeovers(
+            node=self.node,
+            repository=self.repository,
+            backends=self.backends,
+            volumes=self.volumes,
+            reach=self.reach,
+            locks=locks,
+            events=self.events,
         )
         self.usage = Usage(repository=self.repository, backends=self.backends, presence=presence)
         self.health = Health(node=self.node, repository=self.repository, backends=self.backends, presence=presence)

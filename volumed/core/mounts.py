@@ -198,7 +198,7 @@ class Mounts:
         with self._repository.transaction() as transaction:
             transaction.delete(binding)
             if not binding.staging:
-                transaction.put(_ended(binding, volume, reason=reason))
+                transaction.put(ended(binding, volume, reason=reason))
         crash.point("unmount.unbound")
         if volume is not None:
             self.settle(volume, self._backends.get(volume.backend))
@@ -290,7 +290,8 @@ def describe(binding: Binding, consumer: Consumer | None) -> str:
     return f"{binding.engine} {consumer.kind} {consumer.name or consumer.id[:12]}{pid}{target}{where}"
 
 
-def _ended(binding: Binding, volume: Volume | None, *, reason: str) -> HistoricBinding:
+def ended(binding: Binding, volume: Volume | None, *, reason: str) -> HistoricBinding:
+    """What the ledger keeps of it."""
     return HistoricBinding(
         volume_id=binding.volume_id,
         volume_name=volume.name if volume else "",

@@ -36,6 +36,8 @@ from volumed.frontends.admin.schemas import (
     RemovalView,
     SnapshotBody,
     SnapshotView,
+    TakeoverBody,
+    TakeoverView,
     UsageView,
     VersionView,
     VolumeDetail,
@@ -82,6 +84,13 @@ def _volumes(core: Core) -> APIRouter:
     @router.post("/{reference}/expand")
     def expand(reference: str, body: ExpandBody) -> VolumeView:
         return VolumeView.model_validate(core.volumes.expand(reference, body.size))
+
+    @router.post("/{reference}/takeover")
+    def take_over(reference: str, body: TakeoverBody) -> TakeoverView:
+        """Take the volume from a node that is gone; refused while that node may still write to it."""
+        return TakeoverView.model_validate(
+            core.takeovers.run(reference, node=body.node, operator_word=body.operator_word, dry_run=body.dry_run)
+        )
 
     @router.get("/{reference}/usage")
     def usage(reference: str) -> UsageView:

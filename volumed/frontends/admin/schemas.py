@@ -167,6 +167,30 @@ class RemovalView(View):
     used: int | None
 
 
+class TakeoverBody(Body):
+    node: str = Field(default="", description="Take it from this one; empty: from whichever others have it")
+    operator_word: bool = Field(
+        default=False, description="You have made sure that the old holder can write no more: its machine has no power"
+    )
+    dry_run: bool = Field(default=False, description="Say who holds it and what would be done")
+
+
+class HolderView(View):
+    id: str = Field(description="As the storage names it")
+    node: str = Field(description="Empty where it is not known")
+    ours: bool = Field(description="It is the node that answers")
+    text: str
+
+
+class TakeoverView(View):
+    volume: VolumeView
+    holders: list[HolderView] | None = Field(description="By the storage's word; null where it cannot tell")
+    uses: list[str] = Field(description="Of other nodes, by the ledger")
+    proof: str = Field(description="Why nothing of theirs can reach the volume any more")
+    action: str
+    done: bool
+
+
 class CapacityView(View):
     total: int
     available: int
