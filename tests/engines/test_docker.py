@@ -85,6 +85,8 @@ def test_a_container_and_its_bindings(docker: Docker, plugin: str, volumed: Volu
         "pid": pid,
         "target": "/data",
         "readonly": False,
+        "kind": "container",
+        "details": {},
     }
     assert "web-1" in volumed.ctl("who", "data").stdout
     assert "data" in volumed.ctl("what", "web-1").stdout
