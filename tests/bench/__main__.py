@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from tests.bench.measure import milliseconds, percentile, show, spread, times
+from tests.bench.csi import csi
+from tests.bench.measure import milliseconds, percentile, resident, show, spread, times
 from tests.harness.docker import PLUGINS, running_docker
 from tests.harness.processes import Process
 from tests.harness.volumed import Volumed, running_volumed
@@ -149,14 +150,6 @@ def asking() -> None:
                     "Get, Path p99 under 2 ms, List under 50 ms" if volumes == 10_000 else "List under 0.5 s, 150 MiB"
                 )
                 show(f"Asking, {volumes:,} volumes", rows, goal=goal)
-
-
-def resident(pid: int) -> float:
-    """MiB."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    return 0.0
 
 
 def starting() -> None:
@@ -294,7 +287,7 @@ def hanging() -> None:
             loop.detach(device)
 
 
-SECTIONS = (mounting, asking, starting, engine, crowd, hanging)
+SECTIONS = (mounting, asking, starting, engine, crowd, hanging, csi)
 
 if __name__ == "__main__":
     wanted = set(sys.argv[1:])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 
 def times(job: Callable[[], object], *, count: int, warm: int = 20) -> list[float]:
@@ -35,3 +37,9 @@ def show(title: str, rows: Sequence[tuple[str, str]], *, goal: str = "") -> None
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"    {name:{width}}  {value}", flush=True)
+
+
+def resident(pid: int) -> float:
+    """MiB of memory."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
