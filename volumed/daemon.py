@@ -79,10 +79,21 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         settings = default_settings(arguments.root.absolute())
     else:
         settings = load(DEFAULT_CONFIG) if DEFAULT_CONFIG.exists() else default_settings()
+    csi = settings.csi
     if arguments.role:
-        csi = msgspec.structs.replace(settings.csi, enabled=True, role=arguments.role)
-        settings = msgspec.structs.replace(settings, csi=csi)
-    return settings
+        csi = msgspec.structs.replace(csi, enabled=True, role=arguments.role)
+    if endpoint := os.environ.get("CSI_ENDPOINT"):
+        csi = msgspec.structs.replace(csi, enabled=True, socket=_endpoint(endpoint))
+    return msgspec.structs.replace(settings, csi=csi)
+
+
+def _endpoint(text: str) -> Path:
+    """Where an orchestrator that starts its plugins wants the socket (CSI specification, "Configuration and
+    Operation"). Raises ConfigError."""
+    path = text.removeprefix("unix://").removeprefix("unix:")
+    if not path.startswith("/"):
+        raise ConfigError(f"{text!r} is no unix socket", subject="CSI_ENDPOINT", hint="write unix:///run/csi.sock")
+    return Path(path)
 
 
 def _run(settings: Settings, arguments: argparse.Namespace) -> int:

@@ -12,14 +12,16 @@ import hcl2
 import kubernetes_validate
 import pytest
 import yaml
+from google.protobuf.json_format import ParseDict
 
 from volumed.config import DEFAULT_TARGET_ROOTS, Settings, parse
+from volumed.frontends.csi.proto import csi_pb2 as csi
+from volumed.frontends.csi.requests import read_usage
 from volumed.frontends.volume_options import read_create
 from volumed_drivers.image import ImageVolumeOptions
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DRIVER = "volumed.csi"
-# The oldest that has every kind used here as it is used: VolumeAttributesClass of v1.
 KUBERNETES = "1.35"
 
 
@@ -33,8 +35,8 @@ def found(kind: str) -> Iterator[dict[str, Any]]:
     return (document for _, document in documents() if document["kind"] == kind)
 
 
-@pytest.mark.parametrize(("name", "document"), documents(), ids=[name for name, _ in documents()])
-def test_kubernetes_takes_it(name: str, document: dict[str, Any]) -> None:
+@pytest.mark.parametrize("document", [pytest.param(document, id=name) for name, document in documents()])
+def test_kubernetes_takes_it(document: dict[str, Any]) -> None:
     group = document["apiVersion"].partition("/")[0]
     if group in ("snapshot.storage.k8s.io", "kustomize.config.k8s.io"):
         assert set(document) <= {"apiVersion", "kind", "metadata", "driver", "deletionPolicy", "spec", "resources"}
@@ -59,7 +61,6 @@ def test_the_driver_has_one_name() -> None:
     assert driver["metadata"]["name"] == DRIVER
     assert {one["provisioner"] for one in found("StorageClass")} == {DRIVER}
     assert {one["driver"] for one in found("VolumeSnapshotClass")} == {DRIVER}
-    assert {one["driverName"] for one in found("VolumeAttributesClass")} == {DRIVER}
 
 
 def test_the_pods_folders_are_where_the_settings_say() -> None:
@@ -97,7 +98,7 @@ def check_parameters(parameters: dict[str, Any], settings: Settings) -> None:
 
 def test_parameters_are_ours() -> None:
     settings = kubernetes_settings()
-    for storage_class in (*found("StorageClass"), *found("VolumeAttributesClass")):
+    for storage_class in found("StorageClass"):
         check_parameters(storage_class["parameters"], settings)
     (stateful,) = found("StatefulSet")
     inline = [volume["csi"] for volume in stateful["spec"]["template"]["spec"]["volumes"] if "csi" in volume]
@@ -159,3 +160,14 @@ def test_mesos() -> None:
     for endpoint in plugin["endpoints"]:
         assert endpoint["endpoint"] == f"unix://{defaults.csi.socket}"
     assert any(Path(plugin["target_path_root"]).is_relative_to(root) for root in DEFAULT_TARGET_ROOTS)
+
+
+def test_mesos_profiles() -> None:
+    """In the form that its profile adaptor reads: a capability of CSI, and parameters of ours."""
+    plugin = json.loads((DEPLOY / "mesos" / "csi-plugin.json").read_text())
+    profiles = json.loads((DEPLOY / "mesos" / "disk-profiles.json").read_text())["profile_matrix"]
+    assert profiles
+    for profile in profiles.values():
+        assert profile["csi_plugin_type_selector"] == {"plugin_type": plugin["type"]}
+        read_usage(ParseDict(profile["volume_capabilities"], csi.VolumeCapability()))
+        check_parameters(profile["create_parameters"], kubernetes_settings())

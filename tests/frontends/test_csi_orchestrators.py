@@ -44,7 +44,9 @@ def caller(volumed: Volumed) -> Iterator[Caller]:
 # Kubernetes
 def test_kubelet_registers_it(volumed: Volumed) -> None:
     """As kubelet's plugin watcher: a socket appears in its folder, it asks what is there, and then that."""
-    (socket,) = (volumed.targets / "plugins_registry").glob("*.sock")
+    registry = volumed.targets / "plugins_registry"
+    wait_until(lambda: registry.is_dir() and any(registry.iterdir()))
+    (socket,) = registry.glob("*.sock")
     assert socket.name == "volumed.csi-reg.sock"
     with calling(socket, registration.DESCRIPTOR) as watcher:
         info = watcher.GetInfo()
@@ -58,7 +60,7 @@ def test_kubelet_registers_it(volumed: Volumed) -> None:
     assert "registered with kubelet" in volumed.log()
 
 
-def provisioner_creates(caller: Caller, *, block: bool = False) -> str:
+def provisioner_creates(caller: Caller, *, block: bool = False, size: int = 32 * MIB) -> str:
     """As external-provisioner with --extra-create-metadata and WaitForFirstConsumer."""
     assert caller.Probe().ready.value
     kinds = {one.service.type for one in caller.GetPluginCapabilities().capabilities if one.HasField("service")}
@@ -69,8 +71,8 @@ def provisioner_creates(caller: Caller, *, block: bool = False) -> str:
     place = caller.NodeGetInfo().accessible_topology
     made = caller.CreateVolume(
         name=PV,
-        capacity_range={"required_bytes": 32 * MIB},
-        volume_capabilities=[capability(block=True) if block else capability(fs_type="ext4")],
+        capacity_range={"required_bytes": size},
+        volume_capabilities=[capability(block=True) if block else capability(fs_type="xfs")],
         parameters={
             "backend": "sized",
             "csi.storage.k8s.io/pv/name": PV,
@@ -96,8 +98,8 @@ def pod_context(**more: str) -> dict[str, str]:
 
 
 def test_kubernetes(volumed: Volumed, caller: Caller) -> None:
-    volume_id = provisioner_creates(caller)
-    used = capability(MODES.SINGLE_NODE_MULTI_WRITER, fs_type="ext4", volume_mount_group="2000")
+    volume_id = provisioner_creates(caller, size=300 * MIB)
+    used = capability(MODES.SINGLE_NODE_MULTI_WRITER, fs_type="xfs", volume_mount_group="2000")
     staging = f"{volumed.targets}/plugins/kubernetes.io/csi/volumed.csi/0ab1/globalmount"
     target = f"{volumed.targets}/pods/{POD}/volumes/kubernetes.io~csi/{PV}/mount"
     Path(staging).mkdir(parents=True)  # kubelet makes the one, and the other's parent
@@ -124,7 +126,19 @@ def test_kubernetes(volumed: Volumed, caller: Caller) -> None:
     assert stat.S_IMODE(Path(target).stat().st_mode) & 0o2070 == 0o2070
     assert Path(target).stat().st_gid == 2000
     (Path(target) / "file").write_text("kept")
-    assert caller.NodeGetVolumeStats(volume_id=volume_id, volume_path=target).usage[0].total > 0
+    before = caller.NodeGetVolumeStats(volume_id=volume_id, volume_path=target).usage[0].total
+    # external-resizer, and then kubelet, which asks whatever the controller answered
+    wanted = {"required_bytes": 400 * MIB}
+    caller.ControllerExpandVolume(volume_id=volume_id, capacity_range=wanted, volume_capability=used)
+    caller.NodeExpandVolume(
+        volume_id=volume_id,
+        volume_path=target,
+        staging_target_path=staging,
+        capacity_range=wanted,
+        volume_capability=used,
+    )
+    assert caller.NodeGetVolumeStats(volume_id=volume_id, volume_path=target).usage[0].total > before + 50 * MIB
+    assert (Path(target) / "file").read_text() == "kept"
     # Nothing of ours is mounted at the staging path: kubelet would take the volume's own mount for a foreign one of
     # the same device and never unstage it.
     assert staging not in map(str, volumed.targets_mounted())
@@ -253,6 +267,32 @@ def test_swarm(volumed: Volumed, caller: Caller) -> None:
     caller.DeleteVolume(volume_id=made.volume_id)
 
 
+# Mesos
+def test_mesos(volumed: Volumed, caller: Caller) -> None:
+    """Its storage provider on an agent: both services of one plugin, paths below its work folder."""
+    assert caller.Probe().ready.value
+    caller.ControllerGetCapabilities()
+    caller.NodeGetCapabilities()
+    node, used = caller.NodeGetInfo().node_id, capability(fs_type="ext4")
+    parameters = {"backend": "sized"}
+    assert caller.GetCapacity(volume_capabilities=[used], parameters=parameters).available_capacity > 0
+    size = {"required_bytes": 32 * MIB, "limit_bytes": 32 * MIB}
+    made = {"name": "disk-1", "capacity_range": size, "volume_capabilities": [used], "parameters": parameters}
+    volume_id = caller.CreateVolume(**made).volume.volume_id
+    validated = caller.ValidateVolumeCapabilities(volume_id=volume_id, volume_capabilities=[used])
+    assert validated.HasField("confirmed")
+    folder = f"{volumed.targets}/mesos/csi/volumed.csi/local/mounts/{volume_id}"
+    context = caller.ControllerPublishVolume(volume_id=volume_id, node_id=node, volume_capability=used).publish_context
+    asked: dict[str, Any] = {"volume_id": volume_id, "volume_capability": used, "publish_context": context}
+    caller.NodeStageVolume(**asked, staging_target_path=f"{folder}/staging")
+    caller.NodePublishVolume(**asked, staging_target_path=f"{folder}/staging", target_path=f"{folder}/target")
+    assert "mesos" in volumed.ctl("who", "disk-1").stdout
+    caller.NodeUnpublishVolume(volume_id=volume_id, target_path=f"{folder}/target")
+    caller.NodeUnstageVolume(volume_id=volume_id, staging_target_path=f"{folder}/staging")
+    caller.ControllerUnpublishVolume(volume_id=volume_id, node_id=node)
+    caller.DeleteVolume(volume_id=volume_id)
+
+
 # Roles, and the socket
 @pytest.mark.parametrize(
     ("role", "there", "missing"),
@@ -269,7 +309,7 @@ def test_roles(tmp_path: Path, role: str, there: str, missing: str) -> None:
         assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-def test_a_controller_beside_each_node_leaves_growing_to_it(tmp_path: Path) -> None:
+def test_a_controller_beside_each_node_offers_nothing_that_may_be_asked_of_another(tmp_path: Path) -> None:
     with (
         running_volumed(tmp_path / "v", csi="node-deployment = true") as running,
         calling(running.csi_socket) as caller,
@@ -277,6 +317,7 @@ def test_a_controller_beside_each_node_leaves_growing_to_it(tmp_path: Path) -> N
         controller = {one.rpc.type for one in caller.ControllerGetCapabilities().capabilities}
         node = {one.rpc.type for one in caller.NodeGetCapabilities().capabilities}
         assert csi.ControllerServiceCapability.RPC.EXPAND_VOLUME not in controller
+        assert csi.ControllerServiceCapability.RPC.MODIFY_VOLUME not in controller
         assert csi.NodeServiceCapability.RPC.EXPAND_VOLUME in node
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import wait_until
+from tests.harness.csi import calling
 from tests.harness.volumed import Volumed, running_volumed
 
 pytestmark = pytest.mark.root
@@ -96,6 +98,22 @@ def test_not_root(tmp_path: Path) -> None:
     assert told.returncode == 78, told.stderr
     assert "must run as root" in told.stderr
     assert "volumed --root ./try" in told.stderr
+
+
+@pytest.mark.parametrize("form", ["unix://{}", "unix:{}", "{}"])
+def test_it_listens_where_an_orchestrator_that_starts_it_says(tmp_path: Path, form: str) -> None:
+    socket = tmp_path / "given" / "csi.sock"
+    volumed = Volumed(_made(tmp_path / "v"))
+    try:
+        volumed.start(env={"CSI_ENDPOINT": form.format(socket)})
+        wait_until(socket.exists)
+        with calling(socket) as caller:
+            assert caller.Probe().ready.value
+    finally:
+        volumed.clean_up()
+    told = daemon("--config", volumed.config, CSI_ENDPOINT="tcp://127.0.0.1:9000")
+    assert told.returncode == 78
+    assert "CSI_ENDPOINT: 'tcp://127.0.0.1:9000' is no unix socket" in told.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -88,8 +88,10 @@ def plugin(core: Core) -> list[csi.PluginCapability]:
 
 def controller(core: Core) -> list[csi.ControllerServiceCapability]:
     there = available(core)
-    # With a controller beside each node, who grows volumes (Kubernetes' resizer) runs once and asks but one of them.
-    elsewhere = {_CONTROLLER.EXPAND_VOLUME} if core.settings.csi.node_deployment else set()
+    # With a controller beside each node, who grows and changes volumes (Kubernetes' resizer) runs once and asks but one
+    # of them. Growing can be left to the volume's own node; changing cannot.
+    wandering = {_CONTROLLER.EXPAND_VOLUME, _CONTROLLER.MODIFY_VOLUME}
+    elsewhere = wandering if core.settings.csi.node_deployment else set()
     return [
         csi.ControllerServiceCapability(rpc=_CONTROLLER(type=kind))
         for kind, needed in CONTROLLER
