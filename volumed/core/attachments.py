@@ -152,6 +152,13 @@ class Attachments:
                 hint="stop them first",
             )
 
+    def readonly_here(self, volume_id: VolumeId) -> bool:
+        """Whether the volume is attached to this node for reading alone."""
+        return any(
+            attachment.readonly and attachment.node == self._node
+            for attachment in self._repository.attachments(volume_id)
+        )
+
     def nodes(self) -> dict[VolumeId, set[str]]:
         """Of every volume that has any: the nodes that it is attached to or staged on."""
         found: dict[VolumeId, set[str]] = defaultdict(set)

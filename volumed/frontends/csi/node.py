@@ -20,7 +20,7 @@ from volumed.frontends.csi.requests import (
     read_usage,
     required,
 )
-from volumed.model import Binding, Volume
+from volumed.model import Binding, Volume, VolumeId
 
 # What kubelet calls a pod's inline volume: a hash of pod and volume name.
 _INLINE_ID = re.compile(r"csi-[0-9a-f]{64}")
@@ -61,7 +61,8 @@ class Node:
         volume_id = required(request.volume_id, "volume id")
         path = _path(request.target_path, "target path")
         _require_capability(request)
-        usage = read_usage(request.volume_capability, readonly=request.readonly)
+        readonly = request.readonly or self._core.attachments.readonly_here(VolumeId(volume_id))
+        usage = read_usage(request.volume_capability, readonly=readonly)
         engine, consumer = holder_of(path, request.volume_context, readonly=usage.readonly)
         if _is_inline(request.volume_context):
             wanted = read_ephemeral(self._core, volume_id, request.volume_context, usage)
