@@ -1,7 +1,7 @@
 """The public interface for driver authors: everything a driver imports is here, in model and in errors."""
 
 from volumed.driver.capability import Capability
-from volumed.driver.host import Completed, FileExtent, Helper, Host, Loop, MountEntry, TreeStatus
+from volumed.driver.host import Completed, FileExtent, Helper, Host, Loop, MountEntry, TreeStatus, Worker
 from volumed.driver.interface import (
     BlockDriver,
     Capacity,
@@ -63,4 +63,5 @@ __all__ = [
     "SupportsSnapshots",
     "TreeStatus",
     "VolumeSpec",
+    "Worker",
 ]

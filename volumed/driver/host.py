@@ -68,6 +68,25 @@ class Helper(NamedTuple):
     running: bool
 
 
+class Worker(ABC):
+    """A child process that answers questions, one at a time, for as long as the daemon runs: for a library whose calls
+    may never return."""
+
+    @abstractmethod
+    def ask(self, question: str, *, timeout: float) -> str:
+        """One line, and the line it answers with. Raises DeadlineExceeded at the timeout, after which it is killed,
+        and HostError with what it printed when it has ended."""
+
+    @property
+    @abstractmethod
+    def alive(self) -> bool:
+        """Whether it can be asked again."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End it, whatever it is doing. Ended already is success."""
+
+
 class Host(ABC):
     """Linux, as far as drivers need it.
 
@@ -133,6 +152,11 @@ class Host(ABC):
     def tree_status(self, path: Path, *, timeout: float = 5.0) -> TreeStatus:
         """statvfs(3). Raises DeadlineExceeded when the server does not answer, MountFailed with its errno: ESTALE for
         what the server has forgotten, ENOTCONN when the process behind a FUSE mount is dead."""
+
+    @abstractmethod
+    def start_worker(self, module: str) -> Worker:
+        """A Python that runs the module: it reads its questions from standard input, prints one line for each, and
+        ends when the input does, as it does when the daemon dies. Raises CommandFailed."""
 
     # Helpers
     @abstractmethod

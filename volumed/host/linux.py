@@ -10,11 +10,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from volumed.driver import Completed, FileExtent, Helper, Host, Loop, MountEntry, TreeStatus
+from volumed.driver import Completed, FileExtent, Helper, Host, Loop, MountEntry, TreeStatus, Worker
 from volumed.errors import HostError, NotSupported
 from volumed.host import devices, extents, holders, loop, mounts, network, quota
 from volumed.host.helpers import Helpers
 from volumed.host.run import run
+from volumed.host.worker import start as start_worker
 
 FICLONE = 0x40049409
 BLKROSET = 0x125D
@@ -91,6 +92,9 @@ class LinuxHost(Host):
 
     def tree_status(self, path: Path, *, timeout: float = 5.0) -> TreeStatus:
         return network.status(path, timeout=timeout)
+
+    def start_worker(self, module: str) -> Worker:
+        return start_worker(module)
 
     # Helpers
     def start_helper(self, name: str, argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None) -> Helper:

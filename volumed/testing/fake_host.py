@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from volumed.driver import Completed, FileExtent, Helper, Host, Loop, MountEntry, TreeStatus
+from volumed.driver import Completed, FileExtent, Helper, Host, Loop, MountEntry, TreeStatus, Worker
 from volumed.errors import CommandFailed, DeadlineExceeded, HostError, MountFailed, NotSupported, VolumedError
 
 
@@ -95,6 +95,10 @@ class FakeHost(Host):
     def tree_status(self, path: Path, *, timeout: float = 5.0) -> TreeStatus:
         self._called("tree_status", path)
         return TreeStatus(1 << 30, 0, 1 << 30, 1000, 0, 1000)
+
+    def start_worker(self, module: str) -> Worker:
+        self._called("start_worker", module)
+        raise CommandFailed(f"{module} is not here", returncode=127)
 
     def start_helper(self, name: str, argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None) -> Helper:
         self._called("start_helper", name, *argv)
