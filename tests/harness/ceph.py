@@ -234,6 +234,15 @@ class Ceph:
         key.chmod(0o600)
         return key
 
+    def make_rbd_user(self, name: str = "volumed", *, pool: str = POOL) -> Path:
+        """As the README says."""
+        return self.make_user(
+            name,
+            mon='profile rbd, allow command "mgr dump"',
+            osd=f"profile rbd pool={pool}",
+            mgr=f"profile rbd pool={pool}",
+        )
+
     def make_s3_user(self, name: str) -> S3User:
         user = S3User(name, secrets.token_hex(10), secrets.token_hex(20))
         sh(
