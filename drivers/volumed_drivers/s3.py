@@ -94,6 +94,7 @@ class S3Options(Options):
 class S3Driver(FilesystemDriver, SupportsExpand):
     BackendOptions = S3Options
     capabilities: ClassVar[frozenset[Capability]] = frozenset({Capability.SIZE, Capability.MULTI_NODE})
+    remote: ClassVar[bool] = True
     # s3fs could keep xattrs, but then `cp -p` loses modes: it sets them by an ACL, which s3fs keeps and ignores.
     cannot_hold: ClassVar[frozenset[str]] = frozenset(
         {"hardlinks", "devices", "xattrs", "acls", "sparse", "locks", "atomic-rename"}
