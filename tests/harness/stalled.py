@@ -36,6 +36,7 @@ def serve(target: str) -> None:
     def swallow(*_: object) -> None:
         nonlocal swallowing
         swallowing = True
+        print("swallowing", flush=True)
 
     def disgorge(*_: object) -> None:
         nonlocal swallowing
@@ -91,14 +92,18 @@ def _answer(code: int, body: bytes, root: dict[str, int]) -> tuple[int, bytes]:
 class Server:
     def __init__(self, target: Path) -> None:
         self.child = subprocess.Popen([sys.executable, __file__, target], stdout=subprocess.PIPE)
+        self._expect(b"mounted\n")
+
+    def _expect(self, line: bytes) -> None:
         assert self.child.stdout is not None
-        assert self.child.stdout.readline() == b"mounted\n"
+        assert self.child.stdout.readline() == line
 
     def stop(self) -> None:
         self.child.send_signal(signal.SIGSTOP)
 
     def swallow(self) -> None:
         self.child.send_signal(signal.SIGUSR1)
+        self._expect(b"swallowing\n")
 
     def go_on(self) -> None:
         self.child.send_signal(signal.SIGCONT)

@@ -87,7 +87,7 @@ LinuxHost(Path(sys.argv[1])).start_helper("one", ["sh", "-c", f"touch {sys.argv[
 def test_one_that_ends_is_no_zombie_and_not_running(host: LinuxHost) -> None:
     started = host.start_helper("one", ["sh", "-c", "echo what went wrong >&2; exit 3"])
     wait_until(lambda: not (host.helper("one") or started).running)
-    assert not Path(f"/proc/{started.pid}").exists()
+    wait_until(lambda: host.helper("one") and not Path(f"/proc/{started.pid}").exists())
     assert host.helper_log("one") == "what went wrong"
     again = host.start_helper("one", ["sleep", "600"])
     assert again.running
