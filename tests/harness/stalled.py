@@ -58,13 +58,13 @@ def serve(target: str) -> None:
         if code in _WITHOUT_ANSWER:
             continue
         number, answer = _answer(code, request[40:], root)
-        if code == INIT:
-            print("mounted", flush=True)
         whole = struct.pack("<IiQ", 16 + len(answer), -number, unique) + answer
         if swallowing:
             swallowed.append(whole)
         else:
             os.write(device, whole)
+        if code == INIT:
+            print("mounted", flush=True)
 
 
 def _answer(code: int, body: bytes, root: dict[str, int]) -> tuple[int, bytes]:
