@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from tests.conftest import sh, wait_until
 from tests.harness.stalled import Server, stalled_tree
 from volumed import context
-from volumed.driver import TreeStatus
+from volumed.driver import Revived, TreeStatus
 from volumed.errors import DeadlineExceeded, InUse, MountFailed
 from volumed.host import mounts
 from volumed.host import run as run_module
@@ -170,3 +171,56 @@ def test_words_that_mount_takes_for_itself_are_refused(tree: Path, host: LinuxHo
     with pytest.raises(MountFailed, match="cannot take the option"):
         host.mount_network(str(tree.parent), tree, fstype="nfs", options=["soft", word])
     assert not host.is_mountpoint(tree)
+
+
+# Dead mounts that containers have
+CONTAINER = """
+import ctypes, os, subprocess, sys
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.unshare(0x20000) == 0  # CLONE_NEWNS
+subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+subprocess.run(["mount", "--bind", sys.argv[1], sys.argv[2]], check=True)
+subprocess.run(["mount", "-o", "remount,bind,ro,nosuid", sys.argv[2]], check=True)
+subprocess.run(["umount", sys.argv[1]], check=True)
+held = os.open(sys.argv[2], os.O_RDONLY) if sys.argv[3] == "held" else None
+print("ready", flush=True)
+for line in sys.stdin:
+    try:
+        print(os.statvfs(sys.argv[2]).f_blocks, int(os.statvfs(sys.argv[2]).f_flag), flush=True)
+    except OSError as error:
+        print(error.errno, flush=True)
+"""
+
+
+@pytest.mark.parametrize("held", ["held", "idle"])
+def test_a_container_on_a_dead_mount_gets_the_new_one(tree: Path, host: LinuxHost, tmp_path: Path, held: str) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    with stalled_tree(tree) as first:
+        words: list[str | Path] = [sys.executable, "-c", CONTAINER, tree, inside, held]
+        container = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        assert container.stdin is not None
+        assert container.stdout is not None
+
+        def look() -> list[int]:
+            assert container.stdin is not None
+            assert container.stdout is not None
+            container.stdin.write("\n")
+            return [int(word) for word in container.stdout.readline().split()]
+
+        try:
+            assert container.stdout.readline() == "ready\n"
+            alive = look()
+            assert alive[0] == 1000
+            assert host.revive(tree) == []
+            first.kill()
+            assert look() == [errno.ENOTCONN]
+            host.unmount_network(tree)
+            with stalled_tree(tree):
+                assert host.revive(tree) == [Revived(container.pid, inside, "")]
+                assert look() == alive  # read-only and nosuid as before
+                assert host.revive(tree) == []
+        finally:
+            container.stdin.close()
+            container.wait(10)
+            container.stdout.close()

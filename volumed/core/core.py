@@ -21,6 +21,7 @@ from volumed.core.drivers import DriverRegistry
 from volumed.core.events import Events
 from volumed.core.groups import GroupSnapshots
 from volumed.core.health import Health
+from volumed.core.helpers import HelperWatch
 from volumed.core.journal import Journal
 from volumed.core.locks import KeyedLocks
 from volumed.core.metrics import Metrics
@@ -180,6 +181,7 @@ class Core:
             reconciler=self.reconciler,
             locks=locks,
         )
+        self.helpers = HelperWatch(host=host, repository=self.repository, events=self.events)
         self._host = host
         self._sources = tuple(sources)
         self._stop = threading.Event()
@@ -254,6 +256,8 @@ class Core:
                 continue
             if changed and self._stop.wait(SETTLE_TIME):
                 return
+            if thorough:
+                self._guarded("helpers", self.helpers.look)
             with context.request(timeout=PATIENCE):
                 self._guarded("reconciling", partial(self.reconciler.run, thorough=thorough))
             if thorough:

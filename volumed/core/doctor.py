@@ -131,8 +131,12 @@ class Doctor:
                 continue
             if self._repository.migration_of(volume_id) is not None:
                 continue  # held as its move needs it
-            driver = self._backends.get(volume.backend).driver
-            observed = self._presence.observe(volume, driver)
+            backend = self._backends.get(volume.backend)
+            try:
+                observed = backend.call(partial(self._presence.observe, volume, backend.driver))
+            except VolumedError as error:
+                yield _only_report("mount-unknown", f"volume {volume.name}", str(error), "repair the backend")
+                continue
             action = TABLE[Desired.BOUND if volume_id in bound else Desired.UNBOUND, observed]
             if action is Action.NOTHING:
                 continue

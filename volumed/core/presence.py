@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import os
 import threading
 from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from volumed.driver import BlockDriver, Driver, FilesystemDriver, Host
-from volumed.errors import HostError, IntegrityError, MountFailed, VolumedError
-from volumed.host import filesystems
+from volumed.driver import BlockDriver, Driver, FilesystemDriver, Host, Revived
+from volumed.errors import CommandFailed, HostError, IntegrityError, MountFailed, VolumedError
+from volumed.host import filesystems, permissions
 from volumed.model import Handle, Ownership, Volume, VolumeId, VolumeMode
 from volumed.testing import crash
 
 if TYPE_CHECKING:
     from volumed.core.reach import Reach
+
+
+# umount and mount anew are all that helps.
+_DEAD = (errno.ESTALE, errno.ENOTCONN)
+# Seconds; a tree of a million files behind a slow server.
+GRANTING_TIMEOUT = 580.0
 
 
 class Observed(enum.StrEnum):
@@ -30,6 +37,7 @@ class Observed(enum.StrEnum):
     ABSENT = "absent"
     MAPPED = "mapped"  # the device is there, the mount is not
     MOUNTED = "mounted"
+    DEAD = "dead"  # mounted, and its server has forgotten it, or the process that served it has ended
     FOREIGN = "foreign"  # something else lies at the volume's path
 
 
@@ -74,7 +82,9 @@ class Presence:
         if isinstance(driver, FilesystemDriver):
             if not self.host.is_mountpoint(target):
                 return Observed.ABSENT
-            return Observed.MOUNTED if driver.owns_mount(handle, target) else Observed.FOREIGN
+            if not driver.owns_mount(handle, target):
+                return Observed.FOREIGN
+            return Observed.DEAD if driver.remote and self._is_dead(target) else Observed.MOUNTED
         if not isinstance(driver, BlockDriver):
             raise TypeError(type(driver).__name__)
         device = driver.mapped(handle)
@@ -83,6 +93,14 @@ class Presence:
         if device is None or not self._is_of(volume, target, device):
             return Observed.FOREIGN
         return Observed.MOUNTED
+
+    def _is_dead(self, target: Path) -> bool:
+        """Raises DeadlineExceeded when its server does not answer: that is not dead yet."""
+        try:
+            self.host.tree_status(target)
+        except MountFailed as error:
+            return error.errno in _DEAD
+        return False
 
     def _is_of(self, volume: Volume, target: Path, device: Path) -> bool:
         if volume.mode is VolumeMode.BLOCK:
@@ -110,8 +128,7 @@ class Presence:
         """The volume's path, with the volume at it: a tree, or the device node of a raw block volume. `options`: for
         mounting it now, beside its own. Raises MountFailed, BackendError and what the driver raises."""
         target, handle = self.path(volume.id), handle_of(volume)
-        if self.host.is_mountpoint(target):
-            self._adopt(volume, driver)
+        if self.host.is_mountpoint(target) and self._adopt(volume, driver):
             return target
         if volume.mode is VolumeMode.BLOCK:
             target.touch(mode=0o600)
@@ -132,15 +149,28 @@ class Presence:
         crash.point("mount.mounted")
         return target
 
-    def _adopt(self, volume: Volume, driver: Driver) -> None:
-        """Somebody mounted it before us, most likely we before a crash. Never hand out what is not the volume."""
-        if not self.is_mounted(volume, driver):
+    def _adopt(self, volume: Volume, driver: Driver) -> bool:
+        """Somebody mounted it before us, most likely we before a crash. Never hand out what is not the volume. Whether
+        it can be used; what is dead is taken away."""
+        observed = self.observe(volume, driver)
+        if observed is Observed.DEAD and isinstance(driver, FilesystemDriver):
+            # Nothing can be lost any more by force.
+            self.host.unmount_network(self.path(volume.id), force=True)
+            driver.unmount(handle_of(volume), self.path(volume.id))
+            self._remember(volume.id, mounted=False)
+            return False
+        if observed is not Observed.MOUNTED:
             raise MountFailed(
                 f"something else is mounted at {self.path(volume.id)}",
                 subject=f"volume {volume.name}",
                 hint="run `volumectl doctor`",
             )
         self._remember(volume.id, mounted=True)
+        return True
+
+    def revive(self, volume: Volume) -> Sequence[Revived]:
+        """What is mounted at the volume's path, put in the place of each dead mount of it, in containers as well."""
+        return self.host.revive(self.path(volume.id))
 
     def _mount_device(
         self, volume: Volume, driver: BlockDriver, handle: Handle, target: Path, *, options: Sequence[str]
@@ -209,9 +239,32 @@ class Presence:
     def initialise_root(self, volume: Volume, driver: Driver) -> None:
         """Owner and mode of the tree's root; and empty, or Docker would not fill it from the image."""
         path = self.establish(volume, driver)
+        numbers = [-1 if number is None else number for number in _numbers(volume.ownership)]
+        if driver.remote:
+            self._in_child("own", path, *numbers)
+            return
         with contextlib.suppress(FileNotFoundError):
             (path / "lost+found").rmdir()
-        apply_ownership(path, volume.ownership)
+        permissions.own(path, *numbers)
+
+    def grant_group(self, volume: Volume, driver: Driver, gid: int) -> None:
+        """Everything in the mounted tree made writable for a group. Raises HostError."""
+        path = self.path(volume.id)
+        if driver.remote:
+            self._in_child("group", path, gid)
+        else:
+            permissions.grant_group(path, gid)
+
+    def _in_child(self, what: str, path: Path, *numbers: int) -> None:
+        """A server may keep whoever changes an owner waiting."""
+        try:
+            self.host.run([*permissions.CHILD, what, path, *map(str, numbers)], timeout=GRANTING_TIMEOUT)
+        except CommandFailed as error:
+            raise HostError(
+                f"its owner cannot be set: {error.stderr.strip() or error.text}",
+                subject=str(path),
+                hint="a server that maps root to nobody (root_squash) refuses that: export it with no_root_squash",
+            ) from None
 
 
 def remove_mount_point(path: Path) -> None:
@@ -231,8 +284,5 @@ def remove_mount_point(path: Path) -> None:
         ) from None
 
 
-def apply_ownership(path: Path, ownership: Ownership) -> None:
-    if ownership.uid is not None or ownership.gid is not None:
-        os.chown(path, -1 if ownership.uid is None else ownership.uid, -1 if ownership.gid is None else ownership.gid)
-    if ownership.mode is not None:
-        path.chmod(ownership.mode)
+def _numbers(ownership: Ownership) -> tuple[int | None, int | None, int | None]:
+    return ownership.uid, ownership.gid, ownership.mode

@@ -24,7 +24,6 @@ from volumed.core.targets import Targets
 from volumed.core.volumes import CreateVolume, Volumes
 from volumed.driver import BlockDriver, Capability
 from volumed.errors import AlreadyExists, InvalidRequest, NotFound, PreconditionFailed, VolumedError
-from volumed.host.permissions import grant_group
 from volumed.model import AccessMode, Binding, Consumer, Engine, Volume, VolumeId, VolumeMode, now
 from volumed.store.repository import Repository
 from volumed.testing import crash
@@ -140,7 +139,7 @@ class Publications:
             source = self._mounts.take(volume, backend, wanted)
             try:
                 if wanted.group is not None and not wanted.readonly and not wanted.block:
-                    grant_group(source, wanted.group)
+                    self._mounts.presence.grant_group(volume, backend.driver, wanted.group)
                 self._attach(volume, wanted, source, path)
             except BaseException:
                 self._forget(wanted, volume, backend)

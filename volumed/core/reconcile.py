@@ -44,10 +44,12 @@ TABLE: Mapping[tuple[Desired, Observed], Action] = {
     (Desired.BOUND, Observed.ABSENT): Action.MOUNT,
     (Desired.BOUND, Observed.MAPPED): Action.MOUNT,
     (Desired.BOUND, Observed.MOUNTED): Action.NOTHING,
+    (Desired.BOUND, Observed.DEAD): Action.MOUNT,
     (Desired.BOUND, Observed.FOREIGN): Action.REPORT,
     (Desired.UNBOUND, Observed.ABSENT): Action.NOTHING,
     (Desired.UNBOUND, Observed.MAPPED): Action.UNMOUNT,
     (Desired.UNBOUND, Observed.MOUNTED): Action.UNMOUNT,
+    (Desired.UNBOUND, Observed.DEAD): Action.UNMOUNT,
     (Desired.UNBOUND, Observed.FOREIGN): Action.REPORT,
 }
 
@@ -172,6 +174,8 @@ class Reconciler:
         if action is Action.MOUNT:
             self._presence.establish(volume, backend.driver, options=wanted_options(held))
             self._events.publish("mount.repaired", volume.name, "is bound and was not mounted: mounted it again")
+            if backend.driver.remote:
+                self._revive(volume)
         elif action is Action.UNMOUNT:
             try:
                 self._presence.remove(volume, backend.driver)
@@ -186,6 +190,20 @@ class Reconciler:
                 f"something that is not this volume is mounted at {self._presence.path(volume.id)}",
                 level=logging.ERROR,
             )
+
+    def _revive(self, volume: Volume) -> None:
+        """Whoever had the volume before has a mount of its own of it, and that is as dead as ours was."""
+        for seen in self._presence.revive(volume):
+            who = f"process {seen.pid} and what runs beside it"
+            if seen.error:
+                self._events.publish(
+                    "mount.dead",
+                    volume.name,
+                    f"{who} still sees a dead mount at {seen.path} ({seen.error}): restart the container",
+                    level=logging.CRITICAL,
+                )
+            else:
+                self._events.publish("mount.revived", volume.name, f"{who} has it again at {seen.path}")
 
     def release_all(self) -> None:
         """Unmount every volume on this node, bound or not, as far as no process holds it: the machine goes down."""

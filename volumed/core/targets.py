@@ -14,6 +14,7 @@ from pathlib import Path
 from volumed.core.presence import remove_mount_point
 from volumed.driver import Host, MountEntry
 from volumed.errors import HostError, InUse, InvalidRequest
+from volumed.host import mounts
 from volumed.testing import crash
 
 MAX_PATH = 4095  # PATH_MAX without its NUL
@@ -52,7 +53,7 @@ class Targets:
                 f"{what} {path} does not lie below {', '.join(map(str, self._roots))}",
                 hint="set target-roots in the table [csi] of volumed.toml",
             )
-        if os.path.islink(path):  # noqa: PTH114
+        if mounts.file_type(Path(path)) == stat.S_IFLNK:
             raise InvalidRequest(f"{what} {path} is a symbolic link")
         return Path(path)
 
@@ -64,7 +65,8 @@ class Targets:
         return any(_below(folder, root) for root in self._resolved)
 
     def exists(self, path: Path) -> bool:
-        return os.path.lexists(path)
+        """No server is asked, be something mounted there or not."""
+        return mounts.file_type(path) != 0
 
     def attach(self, source: Path, path: Path, *, block: bool, readonly: bool, options: Sequence[str]) -> None:
         """The volume mounted at `source` seen at `path`, too; there already is success.

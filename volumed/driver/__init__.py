@@ -1,7 +1,7 @@
 """The public interface for driver authors: everything a driver imports is here, in model and in errors."""
 
 from volumed.driver.capability import Capability
-from volumed.driver.host import Completed, FileExtent, Helper, Host, Loop, MountEntry, TreeStatus, Worker
+from volumed.driver.host import Completed, FileExtent, Helper, Host, Loop, MountEntry, Revived, TreeStatus, Worker
 from volumed.driver.interface import (
     BlockDriver,
     Capacity,
@@ -50,6 +50,7 @@ __all__ = [
     "NoOptions",
     "Options",
     "Probe",
+    "Revived",
     "Secret",
     "SupportsAttach",
     "SupportsCapacity",

@@ -59,6 +59,14 @@ class TreeStatus(NamedTuple):
     inodes_available: int
 
 
+class Revived(NamedTuple):
+    """A dead mount, as a process sees it at `path`. `error`: why a live one could not be put in its place."""
+
+    pid: int
+    path: Path
+    error: str
+
+
 class Helper(NamedTuple):
     """A process that holds a mount or a device and outlives the daemon: a FUSE client, a block exporter."""
 
@@ -157,6 +165,11 @@ class Host(ABC):
     def start_worker(self, module: str) -> Worker:
         """A Python that runs the module: it reads its questions from standard input, prints one line for each, and
         ends when the input does, as it does when the daemon dies. Raises CommandFailed."""
+
+    @abstractmethod
+    def revive(self, target: Path) -> Sequence[Revived]:
+        """The tree mounted anew at `target` put in the place of each dead mount of it, in every mount namespace: the
+        same source, whose server has forgotten it or whose process is dead. Live ones are left alone and not told."""
 
     # Helpers
     @abstractmethod

@@ -10,9 +10,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from volumed.driver import Completed, FileExtent, Helper, Host, Loop, MountEntry, TreeStatus, Worker
+from volumed.driver import Completed, FileExtent, Helper, Host, Loop, MountEntry, Revived, TreeStatus, Worker
 from volumed.errors import HostError, NotSupported
-from volumed.host import devices, extents, holders, loop, mounts, network, quota
+from volumed.host import devices, extents, holders, loop, mounts, network, quota, revive
 from volumed.host.helpers import Helpers
 from volumed.host.run import run
 from volumed.host.worker import start as start_worker
@@ -95,6 +95,9 @@ class LinuxHost(Host):
 
     def start_worker(self, module: str) -> Worker:
         return start_worker(module)
+
+    def revive(self, target: Path) -> Sequence[Revived]:
+        return revive.revive(target, self.mounts())
 
     # Helpers
     def start_helper(self, name: str, argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None) -> Helper:

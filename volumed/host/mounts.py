@@ -152,7 +152,7 @@ def _statx(path: Path) -> bytes | None:
     flags = _AT_SYMLINK_NOFOLLOW | _AT_STATX_DONT_SYNC | _AT_NO_AUTOMOUNT
     if _libc.statx(_AT_FDCWD, os.fsencode(path), flags, 0, buffer):
         number = ctypes.get_errno()
-        if number in (errno.ENOENT, errno.ENOTDIR):
+        if number in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             return None
         raise MountFailed(f"cannot be looked at: {os.strerror(number)}", errno=number, subject=str(path))
     return buffer.raw

@@ -1,17 +1,34 @@
-"""A whole tree made writable for a group, that of a workload which an orchestrator runs on it.
+"""Who owns a tree: its root, as a volume was asked for; and all of it made writable for a group, that of a workload
+which an orchestrator runs on it.
 
 The meaning is Kubernetes' of `fsGroup`: the group owns everything, may read and write it, may enter folders and run
 what is executable, and new files belong to it, too.
+
+    permissions.py own TREE UID GID MODE        -1: as it is
+    permissions.py group TREE GID
+
+in a child (`CHILD`), for a tree behind a server: imports nothing of ours.
 """
 
 from __future__ import annotations
 
 import os
 import stat
+import sys
 from pathlib import Path
+
+CHILD = (sys.executable, "-I", "-S", __file__)
 
 _FOLDER = stat.S_ISGID | stat.S_IRGRP | stat.S_IWGRP | stat.S_IXGRP
 _FILE = stat.S_IRGRP | stat.S_IWGRP
+
+
+def own(tree: Path, uid: int, gid: int, mode: int) -> None:
+    """-1 stays as it is."""
+    if (uid, gid) != (-1, -1):
+        os.chown(tree, uid, gid)
+    if mode != -1:
+        tree.chmod(mode)
 
 
 def grant_group(tree: Path, gid: int) -> None:
@@ -46,3 +63,19 @@ def _grant(name: str, at: int, gid: int) -> None:
             os.chmod(name, wanted, dir_fd=at)
     except FileNotFoundError:
         return  # removed while we looked
+
+
+def _main(what: str, tree: str, *numbers: str) -> str:
+    """The error, or nothing."""
+    try:
+        if what == "own":
+            own(Path(tree), *map(int, numbers))
+        else:
+            grant_group(Path(tree), *map(int, numbers))
+    except OSError as error:
+        return str(error.strerror)
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(_main(*sys.argv[1:]))

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from volumed.driver import Completed, FileExtent, Helper, Host, Loop, MountEntry, TreeStatus, Worker
+from volumed.driver import Completed, FileExtent, Helper, Host, Loop, MountEntry, Revived, TreeStatus, Worker
 from volumed.errors import CommandFailed, DeadlineExceeded, HostError, MountFailed, NotSupported, VolumedError
 
 
@@ -99,6 +99,10 @@ class FakeHost(Host):
     def start_worker(self, module: str) -> Worker:
         self._called("start_worker", module)
         raise CommandFailed(f"{module} is not here", returncode=127)
+
+    def revive(self, target: Path) -> Sequence[Revived]:
+        self._called("revive", target)
+        return []
 
     def start_helper(self, name: str, argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None) -> Helper:
         self._called("start_helper", name, *argv)
