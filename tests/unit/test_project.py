@@ -6,12 +6,18 @@ import re
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from volumed import errors
+from volumed.cli.main import cli
+from volumed.config import Settings
 from volumed.frontends.statuses import STATUSES
+from volumed.frontends.volume_options import OPTIONS
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -72,6 +78,38 @@ def test_a_start_loads_no_more_than_it_needs() -> None:
         "import sys, volumed.cli.main; print([m for m in ('rich', 'fastapi', 'pydantic') if m in sys.modules])",
     )
     assert said.strip() == "[]"
+
+
+README = (ROOT / "README.md").read_text()
+
+
+def settings_keys(kind: type[msgspec.Struct]) -> Iterator[str]:
+    for field in msgspec.structs.fields(kind):
+        if field.encode_name in ("source", "lines"):  # found, not written
+            continue
+        yield field.encode_name
+        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
+            yield from settings_keys(field.type)
+
+
+@pytest.mark.parametrize("key", sorted(set(settings_keys(Settings))))
+def test_the_readme_knows_every_setting(key: str) -> None:
+    assert re.search(rf"`{key}`|\[[a-z.]*{key}[\]. ]|^{key} =", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("option", sorted(OPTIONS))
+def test_the_readme_knows_every_option(option: str) -> None:
+    assert re.search(rf"^\|.*`{re.escape(option)}`.*\|", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", sorted(cli.commands))
+def test_the_readme_knows_every_command(command: str) -> None:
+    assert re.search(rf"volumectl (-o json )?{command}\b", README)
+
+
+@pytest.mark.parametrize("driver", sorted(found.name for found in entry_points(group="volumed.drivers")))
+def test_the_readme_knows_every_driver(driver: str) -> None:
+    assert re.search(rf"^\| `{driver}` \|", README, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", ["install-packages", "find-python", "make-environment"])
