@@ -6,14 +6,18 @@ import difflib
 import re
 import socket
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import msgspec
 
+from volumed.driver import Capability
 from volumed.errors import ConfigError, InvalidRequest
-from volumed.units import parse_duration
+from volumed.host import filesystems
+from volumed.units import parse_duration, parse_size
+
+T = TypeVar("T", bound=msgspec.Struct)
 
 DEFAULT_TARGET_ROOTS = tuple(
     map(
@@ -97,6 +101,19 @@ class BackendSettings(msgspec.Struct, frozen=True, kw_only=True):
     options: dict[str, Any] = {}
 
 
+class ClassSettings(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
+    """Backends that serve one purpose, and what a volume is there unless somebody says otherwise."""
+
+    backends: tuple[str, ...]
+    requires: tuple[str, ...] = ()  # capabilities
+    topology: dict[str, str] = {}  # of a place that must reach the volume
+    size: str = ""
+    fs: str = ""
+    mkfs_options: str = ""
+    mount_options: str = ""
+    options: dict[str, str | int | bool] = {}  # of the drivers; each is given those it knows
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
     """Durations are seconds."""
 
@@ -116,6 +133,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid
     log: LogSettings = LogSettings()
     engines: EngineSettings = EngineSettings()
     backends: dict[str, BackendSettings] = {}
+    classes: dict[str, ClassSettings] = {}
     source: str = "the embedded default"
     lines: dict[tuple[str, ...], int] = {}  # of each key in the file
 
@@ -177,7 +195,8 @@ class _Reader:
 
     def settings(self, document: dict[str, Any]) -> Settings:
         backends = {name: self._backend(name, table) for name, table in self._table(document, "backends").items()}
-        known = dict(document, backends={})
+        classes = {name: self._class(name, table, backends) for name, table in self._table(document, "classes").items()}
+        known = dict(document, backends={}, classes={})
         for key in _DURATIONS:
             if key in known:
                 known[key] = self._duration(known[key], key)
@@ -185,7 +204,7 @@ class _Reader:
         known.setdefault("node", socket.gethostname())
         read = self._convert(Settings, known)
         self._check(read, backends)
-        return msgspec.structs.replace(read, backends=backends, source=self._source, lines=self._lines)
+        return msgspec.structs.replace(read, backends=backends, classes=classes, source=self._source, lines=self._lines)
 
     def _backend(self, name: str, table: object) -> BackendSettings:
         path = ("backends", name)
@@ -209,6 +228,31 @@ class _Reader:
             options={key: value for key, value in table.items() if key not in ours},
         )
 
+    def _class(self, name: str, table: object, backends: Mapping[str, object]) -> ClassSettings:
+        path = ("classes", name)
+        if not _BACKEND_NAME.fullmatch(name):
+            raise self._wrong(path, f"{name!r} is no class name", "use a-z, 0-9 and -, at most 63 characters")
+        if not isinstance(table, dict):
+            raise self._wrong(path, "must be a table", f"write [classes.{name}]")
+        self._check_keys(ClassSettings, table, path)
+        read = self._convert(ClassSettings, table, path)
+        if not read.backends:
+            raise self._wrong((*path, "backends"), "names no backend", "")
+        for key, given, known in (
+            ("backends", read.backends, tuple(backends)),
+            ("requires", read.requires, tuple(map(str, Capability))),
+            ("fs", (read.fs,) if read.fs else (), filesystems.NAMES),
+        ):
+            for word in given:
+                if word not in known:
+                    raise self._wrong((*path, key), f"there is no {word!r}", _nearest(word, known))
+        if read.size:
+            try:
+                parse_size(read.size)
+            except InvalidRequest as error:
+                raise self._wrong((*path, "size"), error.text, error.hint) from None
+        return read
+
     def _table(self, document: Mapping[str, Any], key: str) -> dict[str, Any]:
         table = document.get(key, {})
         if not isinstance(table, dict):
@@ -231,29 +275,25 @@ class _Reader:
             fields.pop(key, None)
         for key, value in table.items():
             if key not in fields:
-                close = difflib.get_close_matches(key, fields, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(sorted(fields))}"
-                raise self._wrong((*path, key), f"there is no key {key!r}", hint)
+                raise self._wrong((*path, key), f"there is no key {key!r}", _nearest(key, fields))
             below = fields[key]
             if isinstance(below, type) and issubclass(below, msgspec.Struct):
                 if not isinstance(value, dict):
                     raise self._wrong((*path, key), "must be a table", f"write [{'.'.join((*path, key))}]")
                 self._check_keys(below, value, (*path, key))
 
-    def _convert(self, kind: type[Settings], table: Mapping[str, Any]) -> Settings:
+    def _convert(self, kind: type[T], table: Mapping[str, Any], below: tuple[str, ...] = ()) -> T:
         try:
             return msgspec.convert(table, kind, dec_hook=_path)
         except msgspec.ValidationError as error:
             text, _, where = str(error).partition(" - at `$")
             path = tuple(part for part in re.split(r"[.\[\]`]+", where) if part and part != "...")
-            raise self._wrong(path, text, "") from None
+            raise self._wrong((*below, *path), text, "") from None
 
     def _check(self, settings: Settings, backends: Mapping[str, BackendSettings]) -> None:
         for name in settings.default_backends:
             if name not in backends:
-                close = difflib.get_close_matches(name, backends, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(backends) or 'none'}"
-                raise self._wrong(("default-backends",), f"there is no backend {name!r}", hint)
+                raise self._wrong(("default-backends",), f"there is no backend {name!r}", _nearest(name, backends))
         if len(set(settings.default_backends)) < len(settings.default_backends):
             raise self._wrong(("default-backends",), "names a backend twice", "")
         for path, value, allowed in (
@@ -277,6 +317,11 @@ class _Reader:
         where = settings.locate(*path)
         key = ".".join(path)
         return ConfigError(f"{key}: {text}" if key and key not in text else text, subject=where, hint=hint)
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(sorted(known)) or 'none'}"
 
 
 def _path(kind: type, value: object) -> object:

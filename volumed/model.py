@@ -126,6 +126,7 @@ class Volume(Record, frozen=True, kw_only=True, omit_defaults=True):
     source: str = ""  # what it was cloned or restored from, as it was asked for
     claim: Claim | None = None  # of the orchestrator that had it made
     ephemeral: bool = False  # lives as long as the one publication it was made for
+    class_name: str = ""  # that its backend was chosen from
     moved_to: VolumeId | None = None  # its id on the storage that it was moved to
 
     @property

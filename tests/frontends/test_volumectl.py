@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness.volumed import Volumed
+from tests.harness.volumed import Volumed, running_volumed
 from volumed import errors
 from volumed.cli.exit_codes import EXIT_CODES
 from volumed.cli.output import ago, clean, size
@@ -220,3 +220,23 @@ def test_takeover_says_who_has_it_and_needs_proof(volumed: Volumed) -> None:
     assert refused.returncode == 130
     assert "without power" in refused.stderr
     assert volumed.ctl("takeover", "data", "--from", "node-1", check=False).returncode == EXIT_CODES["invalid_request"]
+
+
+def test_classes_and_the_room_of_backends(tmp_path: Path) -> None:
+    table = '[classes.fast]\nbackends = ["sized", "local"]\nsize = "32m"\nfs = "ext4"\nrequires = ["clone"]\n'
+    with running_volumed(tmp_path / "volumed", backends=table) as volumed:
+        made = as_json(volumed, "create", "data", "--class", "fast")
+        assert (made["backend"], made["size"], made["class_name"]) == ("sized", 32 << 20, "fast")
+        assert volumed.ctl("class", "ls").stdout.splitlines()[1].split() == ["fast", "sized,", "local", "1"]
+        shown = volumed.ctl("class", "show", "fast").stdout
+        assert "sized (image): " in shown
+        assert "local (directory): " in shown
+        assert "driver directory has no clone" in shown or "no size can be enforced" in shown
+        wrong = volumed.ctl("class", "show", "fats", check=False)
+        assert (wrong.returncode, "did you mean 'fast'" in wrong.stderr) == (EXIT_CODES["not_found"], True)
+        heads = volumed.ctl("backend", "ls").stdout.splitlines()[0].split()
+        assert heads == ["NAME", "DRIVER", "DEFAULT", "VOLUMES", "SIZE", "AVAILABLE", "HEALTH", "SINCE", "CAN"]
+        (local, _) = as_json(volumed, "backend", "ls")
+        assert 0 < local["capacity"]["available"] <= local["capacity"]["total"]
+        assert local["since"]
+        volumed.ctl("rm", "-y", "data")

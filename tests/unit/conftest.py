@@ -13,7 +13,7 @@ from volumed.config import BackendSettings, CsiSettings, Settings
 from volumed.core.consumers.source import ConsumerSource, Hold
 from volumed.core.core import Core, ledger_path
 from volumed.core.drivers import DriverInfo, DriverRegistry
-from volumed.core.volumes import CreateVolume
+from volumed.core.planning import CreateVolume
 from volumed.driver import Capability, Host, Options
 from volumed.model import Consumer, Engine, Volume
 from volumed.store.sqlite import SqliteStore

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.unit.conftest import Lab
 from volumed.core.names import check_name, name_for_claim
-from volumed.core.volumes import CreateVolume
+from volumed.core.planning import CreateVolume
 from volumed.errors import AlreadyExists, InvalidRequest, NotFound, OutOfRange
 from volumed.model import Claim, Volume
 

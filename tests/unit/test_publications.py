@@ -9,8 +9,8 @@ import pytest
 
 from tests.unit.conftest import Lab
 from volumed.config import BackendSettings, CsiSettings
+from volumed.core.planning import CreateVolume
 from volumed.core.publications import Usage
-from volumed.core.volumes import CreateVolume
 from volumed.errors import AlreadyExists, InUse, InvalidRequest, MountFailed, NotSupported, PreconditionFailed
 from volumed.model import AccessMode, Claim, Consumer, Engine, Volume
 

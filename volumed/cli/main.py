@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from volumed.cli.backends import backend, driver
+from volumed.cli.backends import backend, driver, placement_class
 from volumed.cli.bindings import ps, what, who
 from volumed.cli.client import DEFAULT_SOCKET, ApiError, Client
 from volumed.cli.exit_codes import EXIT_CODES
@@ -39,7 +39,7 @@ def cli(context: click.Context, socket: Path, output: str) -> None:
 for command in (
     *(create, clone, ls, inspect, df, expand, rm),
     *(snapshot, who, what, ps, takeover),
-    *(backend, driver, events, doctor, version, completion),
+    *(backend, placement_class, driver, events, doctor, version, completion),
 ):
     cli.add_command(command)
 

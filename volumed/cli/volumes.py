@@ -42,6 +42,7 @@ def _pairs(_: click.Context, param: click.Parameter, values: tuple[str, ...]) ->
 @click.command()
 @click.argument("name")
 @click.option("--backend", default="", help="Default: the first that can do what is asked.")
+@click.option("--class", "class_name", default="", help="To choose a backend from; see `volumectl class ls`.")
 @click.option("--size", metavar="SIZE", help="As 20g or 512MiB; enforced.")
 @click.option("--fs", default="", help="File system on a block device: ext4, xfs, btrfs.")
 @click.option("--block", is_flag=True, help="A raw device, no file system.")
@@ -59,6 +60,7 @@ def create(
     *,
     name: str,
     backend: str,
+    class_name: str,
     size: str | None,
     fs: str,
     block: bool,
@@ -75,6 +77,7 @@ def create(
     body = {
         "name": name,
         "backend": backend,
+        "class_name": class_name,
         "size": size,
         "mode": "block" if block else "filesystem",
         "filesystem": fs,

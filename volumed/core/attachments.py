@@ -10,6 +10,7 @@ from volumed.core.access import attachment_use, conflicts, one_node_only, use_of
 from volumed.core.backends import Backend, Backends
 from volumed.core.locks import KeyedLocks
 from volumed.core.mounts import describe_each
+from volumed.core.placement import reaches
 from volumed.core.reach import Reach, attacher
 from volumed.driver import Capability
 from volumed.errors import AlreadyExists, CapacityExhausted, InUse, NotFound, PreconditionFailed
@@ -62,18 +63,7 @@ class Attachments:
 
     def reachable_from(self, volume: Volume, topology: dict[str, str]) -> bool:
         """Whether a node with this topology can have the volume; segments that are not told fit."""
-        bounds = self.bounds(self._backends.get(volume.backend))
-        if bounds is self.topology and not topology.keys() <= bounds.keys():
-            return False  # a place that this node knows nothing of is not where this node is
-        return all(topology.get(key, value) == value for key, value in bounds.items())
-
-    def bounds(self, backend: Backend) -> dict[str, str]:
-        """The segments of topology that a node must be in to have a volume of the backend; empty: anywhere."""
-        if backend.topology:
-            return dict(backend.topology)
-        if backend.capabilities & {Capability.MULTI_NODE, Capability.ATTACH}:
-            return {}
-        return self.topology
+        return reaches(self._backends.get(volume.backend), topology, self.topology)
 
     def attach(
         self, volume: Volume, node: str, *, access: AccessMode, readonly: bool = False, block: bool = False

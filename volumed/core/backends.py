@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Generic, TypeVar
 
@@ -22,7 +22,6 @@ from volumed.core.drivers import DriverRegistry
 from volumed.core.options import nearest, read_options
 from volumed.driver import (
     Capability,
-    Capacity,
     Driver,
     Host,
     SupportsCapacity,
@@ -49,9 +48,21 @@ WAITING = 256
 
 @dataclass(frozen=True)
 class Health:
+    """As the last probe found it; `since`: when it became so, well or with this error."""
+
     ok: bool
     error: str = ""
     checked: datetime | None = None
+    since: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes, as the storage counted them at that time."""
+
+    total: int
+    available: int
+    at: datetime
 
 
 @dataclass
@@ -133,6 +144,8 @@ class Backend:
         self.capabilities = self._capabilities()
         self.facts: dict[str, str] = {}
         self.topology: Mapping[str, str] = {}  # where a node must be to reach its volumes
+        self.measured: Measured | None = None  # by the last probe; None where the driver cannot tell
+        self._probing = threading.Lock()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix=f"backend-{name}")
         # Bursts wait their turn; with more than this waiting the backend is not keeping up, or hangs.
         self.room = workers + waiting
@@ -152,26 +165,37 @@ class Backend:
         raise NotSupported(reason, subject=f"backend {self.name}")
 
     def probe(self) -> None:
-        """Look at the storage; what is found, or the error, is kept in `health`, `lacking`, `facts`, `topology`."""
+        """Look at the storage; what is found, or the error, is kept in `health`, `lacking`, `facts`, `topology` and
+        `measured`. While another look hangs nothing is done: looks must not use up the workers."""
+        if not self._probing.acquire(blocking=False):
+            return
         try:
             found = self.driver.probe()
+            self.lacking, self.facts, self.topology = found.lacking, found.facts, found.topology
+            self.capabilities = self._capabilities()
+            self.measured = self._measure()
+            self._set_health(Health(ok=True, checked=now()))
         except VolumedError as error:
             self.unavailable(str(error))
-            return
-        self.lacking, self.facts, self.topology = found.lacking, found.facts, found.topology
-        self.capabilities = self._capabilities()
-        self.health = Health(ok=True, checked=now())
+        finally:
+            self._probing.release()
+
+    def _measure(self) -> Measured | None:
+        if Capability.CAPACITY not in self.capabilities or not isinstance(self.driver, SupportsCapacity):
+            return None
+        found = self.driver.capacity()
+        return Measured(total=found.total, available=found.available, at=now())
 
     def unavailable(self, reason: str) -> None:
         if self.health.error != reason:
             _log.warning("backend %s cannot be used: %s", self.name, reason, extra={"backend": self.name})
-        self.health = Health(ok=False, error=reason, checked=now())
+        self._set_health(Health(ok=False, error=reason, checked=now()))
 
-    def capacity(self) -> Capacity | None:
-        """None when the driver cannot tell."""
-        if Capability.CAPACITY in self.capabilities and isinstance(self.driver, SupportsCapacity):
-            return self.call(self.driver.capacity)
-        return None
+    def _set_health(self, found: Health) -> None:
+        same = (found.ok, found.error) == (self.health.ok, self.health.error)
+        if found.ok and not self.health.ok and self.health.since is not None:
+            _log.info("backend %s can be used again", self.name, extra={"backend": self.name})
+        self.health = replace(found, since=self.health.since if same else found.checked)
 
     def call(self, job: Callable[[], T], *, late: Callable[[T], None] | None = None) -> T:
         """Run a job on a worker and wait for it until the request's deadline.

@@ -13,8 +13,9 @@ from pathlib import Path
 from volumed import context
 from volumed.config import Settings
 from volumed.core.attachments import Attachments
-from volumed.core.backends import Backend, Backends, open_backend
+from volumed.core.backends import Backends, open_backend
 from volumed.core.bindings import Bindings
+from volumed.core.classes import Classes
 from volumed.core.consumers.source import ConsumerSource
 from volumed.core.doctor import Doctor
 from volumed.core.drivers import DriverRegistry
@@ -26,7 +27,9 @@ from volumed.core.journal import Journal
 from volumed.core.locks import KeyedLocks
 from volumed.core.metrics import Metrics
 from volumed.core.mounts import Mounts
+from volumed.core.planning import Planner
 from volumed.core.presence import Presence
+from volumed.core.prober import Prober
 from volumed.core.provision import Provision
 from volumed.core.publications import Publications
 from volumed.core.reach import Reach
@@ -93,6 +96,23 @@ class Core:
             events=self.events,
             observe=self.metrics.operation,
         )
+        self.attachments = Attachments(
+            node=self.node,
+            topology=settings.topology,
+            limit=settings.csi.max_volumes,
+            repository=self.repository,
+            backends=self.backends,
+            reach=self.reach,
+            locks=locks,
+        )
+        self._prober = Prober(backends=self.backends, reach=self.reach, found=self.attachments.register)
+        self.classes = Classes(settings, self.backends)
+        planner = Planner(
+            repository=self.repository,
+            backends=self.backends,
+            classes=self.classes,
+            here=lambda: self.attachments.topology,
+        )
         self.volumes = Volumes(
             repository=self.repository,
             backends=self.backends,
@@ -100,6 +120,7 @@ class Core:
             locks=locks,
             journal=self.journal,
             provision=provision,
+            planner=planner,
             events=self.events,
         )
         self.snapshots = Snapshots(
@@ -120,15 +141,6 @@ class Core:
             locks=locks,
             journal=self.journal,
             events=self.events,
-        )
-        self.attachments = Attachments(
-            node=self.node,
-            topology=settings.topology,
-            limit=settings.csi.max_volumes,
-            repository=self.repository,
-            backends=self.backends,
-            reach=self.reach,
-            locks=locks,
         )
         self.publications = Publications(
             node=self.node,
@@ -191,8 +203,7 @@ class Core:
     def recover(self) -> None:
         """Before anybody is served: the backends are probed, what a crash cut short is settled, and every volume that
         is bound is mounted again. A backend that hangs is left behind after a few seconds."""
-        self._each_backend(self._look_at, patience=5.0)
-        self.attachments.register()
+        self._prober.look(patience=5.0)
         self.journal.recover()
         with context.request(timeout=PATIENCE):
             self.reconciler.run()
@@ -201,6 +212,7 @@ class Core:
     def start(self) -> None:
         """Begin to watch the machine and the engines."""
         self._spawn("reconcile", self._keep_converging)
+        self._spawn("probe", self._keep_probing)
         self._spawn("sweep", self._sweep)
         for source in self._sources:
             self._spawn(f"consumers-{source.engine}", partial(self._follow, source))
@@ -220,30 +232,6 @@ class Core:
         thread = threading.Thread(target=run, name=name, daemon=True)
         self._threads.append(thread)
         thread.start()
-
-    def _each_backend(self, job: Callable[[Backend], None], *, patience: float) -> None:
-        """All at once, so that one that hangs costs its patience once."""
-        jobs = [
-            threading.Thread(target=self._try, args=(backend, job, patience), daemon=True)
-            for backend in self.backends.all()
-        ]
-        for thread in jobs:
-            thread.start()
-        for thread in jobs:
-            thread.join()
-
-    def _look_at(self, backend: Backend) -> None:
-        backend.probe()
-        if backend.health.ok:
-            self.reach.learn(backend)
-
-    @staticmethod
-    def _try(backend: Backend, job: Callable[[Backend], None], patience: float) -> None:
-        try:
-            with context.request(timeout=patience):
-                backend.call(lambda: job(backend))
-        except VolumedError as error:
-            backend.unavailable(str(error))
 
     def _keep_converging(self) -> None:
         """On every change of the mount table a glance; every interval, however often it changes, a thorough look."""
@@ -265,9 +253,11 @@ class Core:
                 with context.request(timeout=PATIENCE):
                     self._guarded("publications", self.publications.reconcile)
                 self._guarded("usage", self.usage.refresh_mounted)
-                self._each_backend(self._look_at, patience=PATIENCE)
-                self._guarded("the node's record", self.attachments.register)
                 due = time.monotonic() + self.settings.reconcile_interval
+
+    def _keep_probing(self) -> None:
+        while not self._stop.wait(self.settings.reconcile_interval):
+            self._guarded("probing", partial(self._prober.look, patience=PATIENCE))
 
     def _follow(self, source: ConsumerSource) -> None:
         """Compare bindings with the engine's containers on each of its events, and on the timer."""

@@ -26,6 +26,7 @@ def write(volume: Volume) -> dict[str, str]:
         "id": volume.id if volume.moved_to else "",  # what its storage does not call it
         "mode": str(volume.mode),
         "filesystem": volume.filesystem or "",
+        "class": volume.class_name,
         "created": volume.created.astimezone(UTC).isoformat(timespec="seconds"),
         "labels": _json(volume.labels),
         "options": _json(volume.options),
@@ -61,6 +62,7 @@ def read(mark: Mapping[str, str], *, volume_id: VolumeId, handle: Handle, backen
             mount_options=tuple(word for word in mark.get("mount-options", "").split(",") if word),
             options=_words(mark.get("options", "")),
             labels=labels,
+            class_name=mark.get("class", ""),
         )
     except (KeyError, ValueError, TypeError, VolumedError) as error:
         raise IntegrityError(f"its mark cannot be read: {error}", subject=f"volume {volume_id}") from None

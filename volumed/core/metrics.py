@@ -37,12 +37,18 @@ PROVISIONED = Documented("volumed_provisioned_bytes", "Sizes of all volumes that
 BINDINGS = Documented("volumed_bindings", "Bindings of consumers to volumes, by engine", ("engine",))
 MOUNTED = Documented("volumed_mounted_volumes", "Volumes mounted on this node")
 BACKEND_UP = Documented("volumed_backend_up", "1 when the last probe of the backend succeeded", ("backend", "driver"))
+BACKEND_SINCE = Documented(
+    "volumed_backend_health_since_seconds", "Unix time at which the backend became well, or ill", ("backend",)
+)
+CAPACITY = Documented("volumed_backend_capacity_bytes", "Room of the backend, as it was last measured", ("backend",))
+AVAILABLE = Documented("volumed_backend_available_bytes", "... and what of it is free", ("backend",))
 STUCK = Documented("volumed_stuck_operations", "Operations set aside with an error, tried again on the timer")
 MISSING = Documented("volumed_missing_mounts", "Running containers whose volume is not mounted")
 ORPHANS = Documented("volumed_findings", "What the last run of the doctor found, by kind", ("kind",))
 
 METRICS = (
     *(OPERATIONS, REQUESTS, RECONCILED, VOLUMES, PROVISIONED, BINDINGS),
+    *(BACKEND_SINCE, CAPACITY, AVAILABLE),
     *(MOUNTED, BACKEND_UP, STUCK, MISSING, ORPHANS),
 )
 
@@ -105,10 +111,7 @@ class _LedgerCollector(Collector):
         for engine, count in engines.items():
             bindings.add_metric([engine], count)
         yield bindings
-        up = _gauge(BACKEND_UP)
-        for backend in core.backends.all():
-            up.add_metric([backend.name, backend.driver_name], float(backend.health.ok))
-        yield up
+        yield from self._backends()
         yield _gauge(MOUNTED, len(core.mounts.mounted_ids()))
         yield _gauge(STUCK, sum(bool(operation.error) for operation in core.repository.operations()))
         yield _gauge(MISSING, len(core.bindings.missing_mounts()))
@@ -116,6 +119,18 @@ class _LedgerCollector(Collector):
         for kind, count in dict(self._findings).items():
             found.add_metric([kind], count)
         yield found
+
+    def _backends(self) -> Iterator[Metric]:
+        """As the last probe saw them."""
+        up, since, capacity, available = map(_gauge, (BACKEND_UP, BACKEND_SINCE, CAPACITY, AVAILABLE))
+        for backend in self._core.backends.all():
+            up.add_metric([backend.name, backend.driver_name], float(backend.health.ok))
+            if backend.health.since is not None:
+                since.add_metric([backend.name], backend.health.since.timestamp())
+            if backend.measured is not None:
+                capacity.add_metric([backend.name], backend.measured.total)
+                available.add_metric([backend.name], backend.measured.available)
+        yield from (up, since, capacity, available)
 
 
 def _gauge(metric: Documented, value: float | None = None) -> GaugeMetricFamily:

@@ -20,8 +20,9 @@ from volumed.core.events import Events
 from volumed.core.locks import KeyedLocks
 from volumed.core.mounts import Mounts, describe_each, wanted_options
 from volumed.core.names import check_words
+from volumed.core.planning import CreateVolume
 from volumed.core.targets import Targets
-from volumed.core.volumes import CreateVolume, Volumes
+from volumed.core.volumes import Volumes
 from volumed.driver import BlockDriver, Capability
 from volumed.errors import AlreadyExists, InvalidRequest, NotFound, PreconditionFailed, VolumedError
 from volumed.model import AccessMode, Binding, Consumer, Engine, Volume, VolumeId, VolumeMode, now

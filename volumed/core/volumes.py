@@ -12,45 +12,23 @@ from volumed.core.journal import Journal
 from volumed.core.locks import KeyedLocks
 from volumed.core.mounts import Mounts
 from volumed.core.names import check_labels, check_name, check_words
-from volumed.core.options import nearest, option_keys, read_options
-from volumed.core.placement import DEFAULT_FILESYSTEM, DEFAULT_SIZE, choose_backend
+from volumed.core.options import option_keys
+from volumed.core.planning import CreateVolume, Planner
 from volumed.core.provision import Origin, Provision
-from volumed.driver import BlockDriver, Capability
+from volumed.driver import Capability
 from volumed.errors import AlreadyExists, InUse, InvalidRequest, NotFound, NotSupported, OutOfRange
 from volumed.host import filesystems
 from volumed.model import (
     Claim,
     OperationKind,
     Ownership,
-    SnapshotState,
     Volume,
     VolumeId,
     VolumeMode,
     VolumeState,
-    new_volume_id,
-    now,
 )
 from volumed.store.repository import Repository
 from volumed.testing import crash
-
-
-class CreateVolume(msgspec.Struct, frozen=True, kw_only=True):
-    """What was asked for. Left out is left to the backend."""
-
-    name: str
-    backend: str = ""
-    size: int | None = None
-    mode: VolumeMode = VolumeMode.FILESYSTEM
-    filesystem: str = ""
-    mkfs_options: tuple[str, ...] = ()
-    mount_options: tuple[str, ...] = ()
-    ownership: Ownership = Ownership()
-    source: str = ""  # `volume` to clone it, `volume@snapshot` for a snapshot's data
-    labels: dict[str, str] = {}
-    options: dict[str, str] = {}  # the driver's own
-    claim: Claim | None = None  # of an orchestrator: then `source` is left out and read from it
-    ephemeral: bool = False
-    multi_node: bool = False  # must be reachable from several nodes
 
 
 class Removal(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,8 +48,10 @@ class Volumes:
         locks: KeyedLocks,
         journal: Journal,
         provision: Provision,
+        planner: Planner,
         events: Events,
     ) -> None:
+        self._planner = planner
         self._repository = repository
         self._backends = backends
         self._mounts = mounts
@@ -119,11 +99,12 @@ class Volumes:
         existing = self._repository.volume_by_name(request.name)
         if existing is not None and existing.state is VolumeState.READY:
             return self._same(existing, request)
-        origin = self._origin(request)
+        origin = self._planner.origin(request)
         if request.claim is not None and origin is not None:
             request = msgspec.structs.replace(request, source=str(origin))
-        backend = self._place(request, origin)
-        planned = self._plan(request, backend, origin)
+        backend = self._planner.place(request, origin)
+        request = self._planner.in_class(request, backend, origin)
+        planned = self._planner.plan(request, backend, origin)
         return backend.call(lambda: self._create(request, planned, backend, origin))
 
     def _create(self, request: CreateVolume, volume: Volume, backend: Backend, origin: Origin | None) -> Volume:
@@ -164,7 +145,8 @@ class Volumes:
             "mkfs-options": (request.mkfs_options, volume.mkfs_options),
             "mount-options": (request.mount_options, volume.mount_options),
             "labels": (request.labels, volume.labels),
-            "options": (request.options, volume.options),
+            "options": (request.options, {key: volume.options.get(key) for key in request.options}),
+            "class": (request.class_name, volume.class_name),
         }
         differing = [key for key, (asked, there) in wanted.items() if asked and asked != there]
         if request.ownership != Ownership() and request.ownership != volume.ownership:
@@ -179,106 +161,6 @@ class Volumes:
             )
         _check_ready(volume)
         return volume
-
-    def _origin(self, request: CreateVolume) -> Origin | None:
-        if request.claim is not None:
-            return self._claimed_origin(request.claim)
-        if not request.source:
-            return None
-        name, at, snapshot_name = request.source.rpartition("@")
-        if not at:
-            return Origin(volume=self.get(request.source))
-        volume = self.get(name)
-        snapshot = self._repository.snapshot_by_name(volume.id, snapshot_name)
-        if snapshot is None or snapshot.state is not SnapshotState.READY:
-            known = [found.name for found in self._repository.snapshots(volume.id)]
-            raise NotFound(
-                f"there is no snapshot {snapshot_name!r}",
-                subject=f"volume {volume.name}",
-                hint=nearest(snapshot_name, known),
-            )
-        return Origin(volume=volume, snapshot=snapshot)
-
-    def _claimed_origin(self, claim: Claim) -> Origin | None:
-        kind, _, identifier = claim.source.partition(":")
-        if not kind:
-            return None
-        if kind == "volume":
-            volume = self._repository.volume(identifier)
-            if volume is None:
-                raise NotFound("there is no such volume to clone", subject=f"volume {identifier[:100]}")
-            return Origin(volume=volume)
-        snapshot = self._repository.snapshot_by_id(identifier)
-        volume = self._repository.volume(snapshot.volume_id) if snapshot else None
-        if snapshot is None or volume is None or snapshot.state is not SnapshotState.READY:
-            raise NotFound("there is no such snapshot", subject=f"snapshot {identifier[:100]}")
-        return Origin(volume=volume, snapshot=snapshot)
-
-    def _place(self, request: CreateVolume, origin: Origin | None) -> Backend:
-        name = request.backend
-        if origin is not None:
-            if name and name != origin.volume.backend:
-                raise NotSupported(
-                    f"lies on backend {origin.volume.backend} and cannot be cloned to {name}",
-                    subject=f"volume {origin.volume.name}",
-                    hint="leave the backend out",
-                )
-            name = origin.volume.backend
-        backend = choose_backend(
-            self._backends,
-            name=name,
-            size=request.size,
-            mode=request.mode,
-            filesystem=request.filesystem,
-            multi_node=request.multi_node,
-        )
-        if origin is not None:
-            backend.require(Capability.SNAPSHOT if origin.snapshot else Capability.CLONE)
-        return backend
-
-    def _plan(self, request: CreateVolume, backend: Backend, origin: Origin | None) -> Volume:
-        """The record of the volume to be made, everything in it checked."""
-        read_options(backend.driver.VolumeOptions, request.options, subject=f"backend {backend.name}")
-        check_words(request.mkfs_options, what="mkfs-options")
-        check_words(request.mount_options, what="mount-options")
-        block = isinstance(backend.driver, BlockDriver)
-        size, filesystem = request.size, request.filesystem
-        if origin is not None:
-            size, filesystem = origin.fit(size=size, mode=request.mode, filesystem=filesystem)
-        elif block:
-            size = size or _within(DEFAULT_SIZE, request.claim)
-            filesystem = filesystem or (DEFAULT_FILESYSTEM if request.mode is VolumeMode.FILESYSTEM else "")
-        if request.mode is VolumeMode.BLOCK and (request.filesystem or request.mkfs_options or request.mount_options):
-            raise InvalidRequest("a raw block volume has no file system", subject=f"volume {request.name}")
-        if request.mkfs_options and (not block or origin is not None):
-            raise InvalidRequest(
-                "mkfs-options need a new file system, and none is made here", subject=f"volume {request.name}"
-            )
-        if filesystem:
-            least = filesystems.get(filesystem).minimum_size
-            if size is not None and size < least:
-                raise OutOfRange(
-                    f"{size} bytes are too small for {filesystem}, which needs {least}",
-                    subject=f"volume {request.name}",
-                )
-        return Volume(
-            id=new_volume_id(),
-            name=request.name,
-            backend=backend.name,
-            state=VolumeState.CREATING,
-            created=now(),
-            size=size,
-            mode=request.mode,
-            filesystem=filesystem or None,
-            mkfs_options=request.mkfs_options,
-            mount_options=request.mount_options,
-            ownership=request.ownership,
-            options=request.options,
-            labels=request.labels,
-            source=request.source,
-            claim=request.claim,
-            ephemeral=request.ephemeral,
-        )
 
     # Removing
     def remove(self, reference: str, *, dry_run: bool = False) -> Removal:
@@ -473,7 +355,3 @@ def _check_limit(volume: Volume, claim: Claim) -> None:
             subject=f"volume {volume.name}",
             hint="allow a larger size",
         )
-
-
-def _within(size: int, claim: Claim | None) -> int:
-    return min(size, claim.limit) if claim is not None and claim.limit else size

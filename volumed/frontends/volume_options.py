@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from volumed.core.options import nearest
-from volumed.core.volumes import CreateVolume
+from volumed.core.planning import CreateVolume
 from volumed.errors import InvalidRequest
 from volumed.model import Ownership
 from volumed.units import parse_size
@@ -13,6 +13,7 @@ from volumed.units import parse_size
 # Every option that is not a driver's own, with what it does: for the error, the README and its test.
 OPTIONS: Mapping[str, str] = {
     "backend": "Backend to use; default: the first of default-backends that can do what is asked",
+    "class": "Class to choose a backend from, with what a volume is there: volumectl class ls",
     "size": "Size that is enforced, as 20g or 512MiB",
     "fs": "File system on a block device: ext4, xfs, btrfs",
     "mkfs-options": "Words for mkfs, separated by spaces",
@@ -45,6 +46,7 @@ def read_create(name: str, options: Mapping[str, str], *, driver_options: Iterab
     return CreateVolume(
         name=name,
         backend=ours.get("backend", ""),
+        class_name=ours.get("class", ""),
         size=parse_size(ours["size"]) if "size" in ours else None,
         filesystem=ours.get("fs", ""),
         mkfs_options=tuple(ours.get("mkfs-options", "").split()),

@@ -14,16 +14,20 @@ from fastapi.responses import StreamingResponse
 
 from volumed import __version__
 from volumed.core.backends import Backend
+from volumed.core.classes import PlacementClass
 from volumed.core.core import Core
 from volumed.core.doctor import Finding
 from volumed.core.drivers import DriverInfo
+from volumed.core.placement import Needs, check
 from volumed.driver import Driver, Options
-from volumed.errors import BackendError, DriverLoadError, NotFound
+from volumed.errors import DriverLoadError, InvalidRequest, NotFound, VolumedError
 from volumed.frontends.admin.schemas import (
     BackendDetail,
     BackendView,
     BindingView,
     CapacityView,
+    ClassMemberView,
+    ClassView,
     ConsumerView,
     CreateBody,
     DoctorBody,
@@ -44,14 +48,14 @@ from volumed.frontends.admin.schemas import (
     VolumePage,
     VolumeView,
 )
-from volumed.model import PVC, Binding, Volume
+from volumed.model import PVC, Binding, Volume, VolumeMode
 
 MAX_PAGE = 10_000
 _encode = msgspec.json.Encoder().encode
 
 
 def routers(core: Core) -> list[APIRouter]:
-    return [_volumes(core), _snapshots(core), _bindings(core), _backends(core), _health(core)]
+    return [_volumes(core), _snapshots(core), _bindings(core), _backends(core), _classes(core), _health(core)]
 
 
 def _volumes(core: Core) -> APIRouter:
@@ -190,7 +194,7 @@ def _backends(core: Core) -> APIRouter:
 
     @router.get("/backends/{name}")
     def inspect(name: str) -> BackendDetail:
-        """Its capacity is asked of the storage, and null when that does not answer."""
+        """As the last probe saw it: no storage is asked."""
         backend = core.backends.get(name)
         counts = Counter(volume.backend for volume in core.repository.volumes())
         return BackendDetail(
@@ -198,7 +202,7 @@ def _backends(core: Core) -> APIRouter:
             lacking={str(capability): reason for capability, reason in backend.lacking.items()},
             disabled=sorted(backend.disabled),
             facts=backend.facts,
-            capacity=_capacity(backend),
+            topology=dict(backend.topology),
         )
 
     @router.get("/drivers")
@@ -225,6 +229,55 @@ def _backends(core: Core) -> APIRouter:
     return router
 
 
+def _classes(core: Core) -> APIRouter:
+    router = APIRouter(prefix="/v1/classes", tags=["classes"])
+
+    @router.get("")
+    def list_classes() -> list[ClassView]:
+        return [_class(core, each) for each in core.classes.all()]
+
+    @router.get("/{name}")
+    def show(name: str) -> ClassView:
+        """With what speaks against each of its backends now."""
+        try:
+            return _class(core, core.classes.get(name))
+        except InvalidRequest as error:
+            raise NotFound(error.text, hint=error.hint) from None
+
+    return router
+
+
+def _class(core: Core, found: PlacementClass) -> ClassView:
+    members = [core.backends.get(name) for name in found.backends]
+    return ClassView(
+        name=found.name,
+        backends=[_member(core, found, backend) for backend in members],
+        requires=sorted(found.requires),
+        topology=found.topology,
+        size=found.size,
+        filesystem=found.filesystem,
+        mkfs_options=list(found.mkfs_options),
+        mount_options=list(found.mount_options),
+        options=found.options,
+        volumes=sum(volume.class_name == found.name for volume in core.repository.volumes()),
+    )
+
+
+def _member(core: Core, found: PlacementClass, backend: Backend) -> ClassMemberView:
+    needs = Needs(mode=VolumeMode.FILESYSTEM, size=found.size, capabilities=found.requires, region=found.topology)
+    refusal = ""
+    try:
+        check(backend, needs, here=core.attachments.topology)
+    except VolumedError as error:
+        refusal = error.text
+    return ClassMemberView(
+        name=backend.name,
+        driver=backend.driver_name,
+        refusal=refusal,
+        capacity=CapacityView.model_validate(backend.measured) if backend.measured else None,
+    )
+
+
 def _backend(core: Core, backend: Backend, counts: Counter[str]) -> dict[str, Any]:
     return {
         "name": backend.name,
@@ -232,17 +285,12 @@ def _backend(core: Core, backend: Backend, counts: Counter[str]) -> dict[str, An
         "default": backend.name in core.backends.default,
         "ok": backend.health.ok,
         "error": backend.health.error,
+        "since": backend.health.since,
+        "checked": backend.health.checked,
+        "capacity": CapacityView.model_validate(backend.measured) if backend.measured else None,
         "capabilities": sorted(backend.capabilities),
         "volumes": counts[backend.name],
     }
-
-
-def _capacity(backend: Backend) -> CapacityView | None:
-    try:
-        found = backend.capacity()
-    except BackendError:
-        return None
-    return CapacityView(total=found.total, available=found.available) if found else None
 
 
 def _driver(info: DriverInfo) -> tuple[dict[str, Any], type[Driver] | None]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from volumed.core.volumes import CreateVolume
+from volumed.core.planning import CreateVolume
 from volumed.errors import InvalidRequest
 from volumed.model import AccessMode, Engine, Ownership, SnapshotState, VolumeMode, VolumeState
 from volumed.units import MAX_SIZE, parse_size
@@ -59,6 +59,7 @@ class CreateBody(Body):
     source: str = Field(default="", description="VOLUME to clone it, VOLUME@SNAPSHOT for a snapshot's data")
     labels: dict[str, str] = {}
     options: dict[str, str] = Field(default={}, description="The driver's own")
+    class_name: str = Field(default="", description="To choose a backend from, with what a volume is there")
 
     def request(self) -> CreateVolume:
         fields = dict(self)
@@ -148,6 +149,7 @@ class VolumeView(View):
     options: dict[str, str]
     labels: dict[str, str]
     source: str
+    class_name: str
 
 
 class VolumeDetail(VolumeView):
@@ -192,8 +194,11 @@ class TakeoverView(View):
 
 
 class CapacityView(View):
+    """Bytes, as they were last measured."""
+
     total: int
     available: int
+    at: datetime
 
 
 class BackendView(View):
@@ -202,6 +207,9 @@ class BackendView(View):
     default: bool
     ok: bool
     error: str
+    since: datetime | None = Field(description="When it became well, or ill with this error")
+    checked: datetime | None
+    capacity: CapacityView | None = Field(description="null where the driver cannot tell")
     capabilities: list[str]
     volumes: int
 
@@ -210,7 +218,27 @@ class BackendDetail(BackendView):
     lacking: dict[str, str] = Field(description="What the driver can do and this storage cannot, with the reason")
     disabled: list[str]
     facts: dict[str, str]
+    topology: dict[str, str] = Field(description="Where a node must be to reach its volumes; empty: anywhere")
+
+
+class ClassMemberView(View):
+    name: str
+    driver: str
+    refusal: str = Field(description="Why a volume as the class describes it could not be made there now")
     capacity: CapacityView | None
+
+
+class ClassView(View):
+    name: str
+    backends: list[ClassMemberView]
+    requires: list[str]
+    topology: dict[str, str]
+    size: int | None
+    filesystem: str
+    mkfs_options: list[str]
+    mount_options: list[str]
+    options: dict[str, str]
+    volumes: int
 
 
 class OptionView(View):

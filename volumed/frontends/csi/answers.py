@@ -9,6 +9,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from volumed.core.core import Core
 from volumed.core.health import Ailment, Severity
+from volumed.core.placement import bounds
 from volumed.frontends.csi.proto import csi_pb2 as csi
 from volumed.model import GroupSnapshot, Snapshot, Volume
 
@@ -39,8 +40,8 @@ def write_volume(message: csi.Volume, core: Core, volume: Volume) -> None:
 
 def topology_of(core: Core, volume: Volume) -> list[csi.Topology]:
     """Nothing for a volume that every node reaches."""
-    bounds = core.attachments.bounds(core.backends.get(volume.backend))
-    return [_topology(tuple(bounds.items()))] if bounds else []
+    within = bounds(core.backends.get(volume.backend), core.attachments.topology)
+    return [_topology(tuple(within.items()))] if within else []
 
 
 @functools.cache

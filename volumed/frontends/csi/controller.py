@@ -5,16 +5,15 @@ from __future__ import annotations
 from google.protobuf.wrappers_pb2 import Int64Value
 
 from volumed.core.core import Core
-from volumed.core.placement import choose_backend
+from volumed.core.placement import Needs, choose_backend
 from volumed.driver import BlockDriver, Capability
-from volumed.errors import CapacityExhausted, InvalidRequest, NotFound, NotSupported, OutOfRange, VolumedError
+from volumed.errors import CapacityExhausted, InvalidRequest, NotFound, OutOfRange, VolumedError
 from volumed.frontends.csi import answers, capabilities
 from volumed.frontends.csi.paging import read_page, take
 from volumed.frontends.csi.proto import csi_pb2 as csi
 from volumed.frontends.csi.requests import (
     KUBERNETES,
     find_volume,
-    matches,
     read_creation,
     read_modification,
     read_range,
@@ -37,19 +36,7 @@ class Controller:
 
     # Volumes
     def create_volume(self, request: csi.CreateVolumeRequest) -> csi.CreateVolumeResponse:
-        wanted = read_creation(self._core, request)
-        try:
-            volume = self._core.volumes.create(wanted)
-        except NotSupported as error:
-            elsewhere = wanted.multi_node and request.accessibility_requirements.requisite
-            if elsewhere and not any(
-                matches(self._core.attachments.topology, place)
-                for place in request.accessibility_requirements.requisite
-            ):
-                raise CapacityExhausted(
-                    "no backend here can be reached from where the volume is wanted", hint=error.text
-                ) from None
-            raise
+        volume = self._core.volumes.create(read_creation(self._core, request))
         return csi.CreateVolumeResponse(volume=answers.volume_message(self._core, volume))
 
     def delete_volume(self, request: csi.DeleteVolumeRequest) -> csi.DeleteVolumeResponse:
@@ -134,25 +121,32 @@ class Controller:
         )
 
     def get_capacity(self, request: csi.GetCapacityRequest) -> csi.GetCapacityResponse:
-        """0 where no backend fits: then nothing can be made there."""
+        """As the backend was last measured; 0 where none fits: then nothing can be made there."""
         usages = [read_usage(capability) for capability in request.volume_capabilities]
         block = any(usage.block for usage in usages)
         filesystem = next((usage.filesystem for usage in usages if usage.filesystem), "")
-        multi_node = not all(usage.access.single_node for usage in usages) or not matches(
-            self._core.attachments.topology, request.accessible_topology
-        )
+        place = dict(request.accessible_topology.segments)
         try:
+            name = request.parameters.get("class", "")
+            chosen = self._core.classes.get(name) if name else None
             backend = choose_backend(
                 self._core.backends,
+                Needs(
+                    mode=VolumeMode.BLOCK if block else VolumeMode.FILESYSTEM,
+                    size=1,
+                    filesystem=filesystem or request.parameters.get("fs", ""),
+                    multi_node=not all(usage.access.single_node for usage in usages),
+                    capabilities=chosen.requires if chosen else frozenset(),
+                    places=(place,) if place else (),
+                    region=chosen.topology if chosen else {},
+                ),
+                here=self._core.attachments.topology,
                 name=request.parameters.get("backend", ""),
-                size=1,
-                mode=VolumeMode.BLOCK if block else VolumeMode.FILESYSTEM,
-                filesystem=filesystem or request.parameters.get("fs", ""),
-                multi_node=multi_node,
+                among=chosen.backends if chosen else (),
             )
         except VolumedError:
             return csi.GetCapacityResponse(available_capacity=0)
-        capacity = backend.capacity()
+        capacity = backend.measured
         if capacity is None:
             return csi.GetCapacityResponse(available_capacity=0)
         least = 0

@@ -9,8 +9,8 @@ import msgspec
 
 from volumed.core.core import Core
 from volumed.core.names import name_for_claim
+from volumed.core.planning import CreateVolume
 from volumed.core.publications import Usage
-from volumed.core.volumes import CreateVolume
 from volumed.errors import InvalidRequest, NotFound, OutOfRange
 from volumed.frontends.csi.capabilities import ACCESS_MODES
 from volumed.frontends.csi.proto import csi_pb2 as csi
@@ -138,20 +138,10 @@ def read_creation(core: Core, request: csi.CreateVolumeRequest) -> CreateVolume:
         mode=VolumeMode.BLOCK if usages[0].block else VolumeMode.FILESYSTEM,
         filesystem=filesystem or read.filesystem,
         mount_options=tuple(dict.fromkeys((*read.mount_options, *flags))),
-        multi_node=not all(usage.access.single_node for usage in usages) or not _includes_us(core, request),
+        multi_node=not all(usage.access.single_node for usage in usages),
+        places=tuple(dict(place.segments) for place in request.accessibility_requirements.requisite),
         labels=read.labels | _kubernetes_labels(request.parameters),
     )
-
-
-def _includes_us(core: Core, request: csi.CreateVolumeRequest) -> bool:
-    """Whether a volume that can be reached from this node alone would do."""
-    places = request.accessibility_requirements.requisite
-    return not places or any(matches(core.attachments.topology, place) for place in places)
-
-
-def matches(topology: Mapping[str, str], place: csi.Topology) -> bool:
-    """Whether a node with this topology is in that place."""
-    return all(topology.get(key) == value for key, value in place.segments.items())
 
 
 def _with(request: CreateVolume, **fields: object) -> CreateVolume:
