@@ -2,58 +2,277 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator
+import json
+import os
+import signal
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import sh, wait_until
+from tests.drivers.conftest import MakeRbd
 from tests.harness.ceph import POOL, Ceph
-from volumed.host.linux import LinuxHost
-from volumed.model import Handle
+from volumed.driver import Extent, VolumeSpec
+from volumed.errors import BackendUnavailable, ConfigError, InUse, InvalidRequest, NotFound, OutOfRange
+from volumed.model import Handle, VolumeId, VolumeMode, new_snapshot_id, new_volume_id
 from volumed.testing.conformance import DriverConformance, MakeDriver
-from volumed_drivers.ceph_rbd import CephRbdDriver, RbdOptions
+from volumed.units import MIB
+from volumed_drivers.ceph_rbd import CephRbdDriver, RbdOptions, RbdVolumeOptions
 
 pytestmark = pytest.mark.root
 
 
-@pytest.fixture(scope="session")
-def key(ceph: Ceph) -> Path:
-    return ceph.make_rbd_user()
-
-
-@pytest.fixture
-def make(ceph: Ceph, key: Path) -> Iterator[MakeDriver]:
-    """`make(node="other", timeout=5)`: each node has processes of its own."""
-    drivers: list[CephRbdDriver] = []
-    # Of a short name: the paths of sockets must fit into 108 bytes.
-    folder = Path(tempfile.mkdtemp(prefix="nodes-", dir="/tmp"))
-
-    def made(*, node: str = "here", **options: object) -> CephRbdDriver:
-        values = {"pool": POOL, "conf": ceph.conf, "key": f"file:{key}", "map-with": "qsd", **options}
-        driver = CephRbdDriver("ceph", RbdOptions.model_validate(values), LinuxHost(folder / node))
-        driver._node = node
-        drivers.append(driver)
-        return driver
-
-    yield made
-    for driver in drivers:
-        for image in driver.mappings():
-            driver.unmap(Handle(image))
-        driver._cluster.close()
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_between_tests(ceph: Ceph, make: MakeDriver) -> Iterator[None]:
-    yield
-    for image in ceph.rbd("ls", POOL).split():
-        ceph.rbd("snap", "purge", f"{POOL}/{image}")
-        ceph.rbd("trash", "mv", f"{POOL}/{image}")
-
-
 class TestConformance(DriverConformance):
     @pytest.fixture
-    def make_driver(self, make: MakeDriver) -> MakeDriver:
-        return make
+    def make_driver(self, make_rbd: MakeRbd) -> MakeDriver:
+        return make_rbd
+
+
+def spec(size: int = 64 * MIB, *, volume_id: VolumeId | None = None, data_pool: str | None = None) -> VolumeSpec:
+    options = RbdVolumeOptions(data_pool=data_pool)
+    return VolumeSpec(volume_id or new_volume_id(), size, VolumeMode.BLOCK, options, {"name": "data"})
+
+
+def write(device: Path, data: bytes, *, at: int = 0) -> None:
+    with device.open("r+b", buffering=0) as opened:
+        opened.seek(at)
+        opened.write(data)
+        os.fsync(opened)
+
+
+def test_what_maps_is_told_and_can_be_forced(make_rbd: MakeRbd) -> None:
+    facts = make_rbd(**{"map-with": "auto"}).probe().facts
+    assert facts["map-with"] == "qsd"  # this kernel has neither of the others
+    assert facts["not krbd"] == "this kernel has no module rbd"
+    assert "rbd-nbd" in facts["not nbd"] or "no module nbd" in facts["not nbd"]
+    assert len(facts["cluster"]) == 36
+    with pytest.raises(ConfigError, match="backend ceph: nothing here can map an image: this kernel has no module rbd"):
+        make_rbd(**{"map-with": "krbd"}).probe()
+
+
+@pytest.mark.parametrize(
+    ("features", "reason"),
+    [
+        ("layering,telepathy", "telepathy: not among"),
+        ("exclusive-lock", "layering is needed"),
+        ("layering,object-map", "object-map needs exclusive-lock"),
+    ],
+)
+def test_features_that_cannot_be(features: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        RbdOptions(pool="p", key="env:KEY", features=features)
+
+
+def test_features_and_data_pool_are_those_that_were_asked_for(ceph: Ceph, make_rbd: MakeRbd) -> None:
+    ceph.make_pool("data")
+    ceph.ceph(
+        "auth",
+        "caps",
+        "client.volumed",
+        "mon",
+        'profile rbd, allow command "mgr dump"',
+        "osd",
+        f"profile rbd pool={POOL}, profile rbd pool=data",
+        "mgr",
+        f"profile rbd pool={POOL}",
+    )
+    driver = make_rbd(features="layering,exclusive-lock")
+    handle = driver.create(spec(data_pool="data")).handle
+    told = json.loads(ceph.rbd("info", f"{POOL}/{handle}", "--format", "json"))
+    assert set(told["features"]) == {"layering", "exclusive-lock", "data-pool"}
+    assert told["data_pool"] == "data"
+    write(driver.map(handle), b"x" * MIB)
+    assert "rbd_data." in sh("rados", "-c", ceph.conf, "-p", "data", "ls")
+
+
+def test_a_namespace_keeps_its_own(ceph: Ceph, make_rbd: MakeRbd) -> None:
+    with pytest.raises(BackendUnavailable, match="no namespace tenant in pool rbd.*rbd namespace create rbd/tenant"):
+        make_rbd(namespace="tenant").probe()
+    ceph.rbd("namespace", "create", f"{POOL}/tenant")
+    driver = make_rbd(namespace="tenant")
+    driver.probe()
+    made = driver.create(spec())
+    write(driver.map(made.handle), b"mine")
+    assert [found.handle for found in driver.list()] == [made.handle]
+    assert list(make_rbd().list()) == []
+    driver.unmap(made.handle)
+    driver.delete(made.handle)
+
+
+def test_one_that_is_half_made_is_known_as_such(ceph: Ceph, make_rbd: MakeRbd) -> None:
+    volume_id = new_volume_id()
+    ceph.rbd("create", f"{POOL}/{volume_id}", "--size", "64M")
+    ceph.rbd("create", f"{POOL}/somebodys", "--size", "64M")
+    driver = make_rbd()
+    assert [(found.volume_id, found.whole) for found in driver.list()] == [(volume_id, False)]
+    driver.create(spec(volume_id=volume_id))
+    assert [(found.whole, dict(found.mark)) for found in driver.list()] == [(True, {"name": "data"})]
+
+
+@pytest.mark.parametrize("size", [0, 2**62])
+def test_sizes_that_cannot_be(make_rbd: MakeRbd, size: int) -> None:
+    with pytest.raises(OutOfRange):
+        make_rbd().create(spec(size))
+
+
+# Copies
+def test_a_parent_that_is_deleted_goes_when_its_clones_need_it_no_more(ceph: Ceph, make_rbd: MakeRbd) -> None:
+    driver = make_rbd()
+    parent = driver.create(spec()).handle
+    write(driver.map(parent), b"inherited")
+    driver.unmap(parent)
+    child = driver.clone(parent, spec()).handle
+    driver.delete(parent)
+    assert driver.find(VolumeId(parent)) is None
+
+    def gone() -> bool:
+        driver.probe()
+        return parent not in ceph.rbd("trash", "ls", POOL)
+
+    wait_until(gone, timeout=60)
+    assert "parent" not in json.loads(ceph.rbd("info", f"{POOL}/{child}", "--format", "json"))
+    assert driver.map(child).open("rb").read(9) == b"inherited"
+
+
+def test_changed_blocks(make_rbd: MakeRbd) -> None:
+    driver = make_rbd()
+    handle = driver.create(spec()).handle
+    device = driver.map(handle)
+    write(device, b"a" * MIB, at=8 * MIB)
+    base = driver.snapshot(handle, new_snapshot_id())
+    write(device, b"b" * MIB, at=32 * MIB)
+    target = driver.snapshot(handle, new_snapshot_id())
+    assert list(driver.allocated(base)) == [Extent(8 * MIB, MIB)]
+    assert list(driver.allocated(target)) == [Extent(8 * MIB, MIB), Extent(32 * MIB, MIB)]
+    assert list(driver.changed(base, target)) == [Extent(32 * MIB, MIB)]
+    assert list(driver.changed(target, target)) == []
+
+
+def test_an_image_that_somebody_made_becomes_a_volume(ceph: Ceph, make_rbd: MakeRbd) -> None:
+    ceph.rbd("create", f"{POOL}/theirs", "--size", "64M")
+    driver = make_rbd()
+    assert list(driver.importable()) == ["theirs"]
+    wanted = spec()
+    for _ in range(2):
+        assert driver.adopt("theirs", wanted._replace(size=None)) == (Handle(wanted.id), 64 * MIB)
+    assert [found.volume_id for found in driver.list()] == [wanted.id]
+    assert list(driver.importable()) == []
+    with pytest.raises(NotFound, match="image rbd/nonesuch is gone"):
+        driver.adopt("nonesuch", spec())
+
+
+# One node at a time
+def test_another_node_is_refused_and_told_who_has_it(make_rbd: MakeRbd) -> None:
+    here, there = make_rbd(node="here"), make_rbd(node="there")
+    handle = here.create(spec()).handle
+    here.map(handle)
+    with pytest.raises(InUse, match=r"image rbd/v.*is mapped by: node here \(client\.\d+ at 127\.0\.0\.1:0/\d+\)"):
+        there.map(handle)
+    with pytest.raises(InUse, match="is mapped by: node here"):
+        there.delete(handle)
+    assert there.mapped(handle) is None
+    assert there.mappings() == {}
+    here.unmap(handle)
+    there.map(handle)
+    assert [(holder.node, holder.ours) for holder in there.holders(handle)] == [("there", True)]
+    assert [(holder.node, holder.ours) for holder in here.holders(handle)] == [("there", False)]
+
+
+def test_one_that_was_mapped_by_hand_is_seen(ceph: Ceph, make_rbd: MakeRbd) -> None:
+    driver = make_rbd()
+    handle = driver.create(spec()).handle
+    by_hand = subprocess.Popen(
+        ["rbd", "-c", ceph.conf, "watch", f"{POOL}/{handle}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert by_hand.stdout is not None
+        assert "press enter" in by_hand.stdout.readline()
+        with pytest.raises(InUse, match=r"is mapped by: \(client\.\d+ at"):
+            driver.map(handle)
+    finally:
+        by_hand.communicate("\n", timeout=30)
+    driver.map(handle)
+
+
+def test_only_one_of_many_nodes_that_come_at_once_gets_it(make_rbd: MakeRbd) -> None:
+    nodes = [make_rbd(node=f"node-{number}") for number in range(4)]
+    handle = nodes[0].create(spec()).handle
+
+    def take(driver: CephRbdDriver) -> bool:
+        try:
+            driver.map(handle)
+        except InUse:
+            return False
+        return True
+
+    with ThreadPoolExecutor(len(nodes)) as pool:
+        got = list(pool.map(take, nodes))
+    assert sum(got) == 1
+    assert [node.mapped(handle) is not None for node in nodes] == got
+
+
+def test_one_that_is_fenced_writes_no_more(make_rbd: MakeRbd) -> None:
+    old, new = make_rbd(node="old"), make_rbd(node="new")
+    handle, other = old.create(spec()).handle, old.create(spec()).handle
+    device, unharmed = old.map(handle), old.map(other)
+    write(device, b"before")
+    (holder,) = new.holders(handle)
+    new.fence(handle, holder)
+    new.fence(handle, holder)
+    with pytest.raises(OSError):
+        write(device, b"behind")
+    write(unharmed, b"goes on")  # of the same machine: a client of its own
+    assert new.map(handle).open("rb").read(6) == b"before"
+    with pytest.raises(OSError):
+        write(device, b"behind")
+    new.unmap(handle)
+    assert new.map(handle).open("rb").read(6) == b"before"
+
+
+def test_nobody_fences_itself_nor_a_whole_machine(make_rbd: MakeRbd) -> None:
+    driver = make_rbd()
+    handle = driver.create(spec()).handle
+    device = driver.map(handle)
+    (holder,) = driver.holders(handle)
+    with pytest.raises(InvalidRequest, match="is this very node"):
+        driver.fence(handle, holder)
+    for address in ("127.0.0.1", "127.0.0.1:0/0", "127.0.0.1:6800"):
+        with pytest.raises(InvalidRequest, match="names no single client"):
+            driver.fence(handle, holder._replace(id=address, ours=False))
+    write(device, b"goes on")
+
+
+# Helpers
+def test_a_device_whose_process_was_killed_is_made_anew(make_rbd: MakeRbd) -> None:
+    driver = make_rbd()
+    handle = driver.create(spec()).handle
+    device = driver.map(handle)
+    write(device, b"kept")
+    (helper,) = driver.host.helpers("rbd-qsd-")
+    os.kill(helper.pid, signal.SIGKILL)
+    wait_until(lambda: driver.mapped(handle) is None)
+    assert driver.mappings() == {}
+    # Its watch ends when the cluster has not heard of it for half a minute: it may be alive, for all that it knows.
+    (holder,) = [found for found in driver.holders(handle) if not found.ours]
+    driver.fence(handle, holder)
+    assert driver.map(handle).open("rb").read(4) == b"kept"
+    assert len(driver.host.helpers("rbd-qsd-")) == 1
+    driver.unmap(handle)
+    assert not any("nodes-" in entry.target.as_posix() for entry in driver.host.mounts())
+
+
+def test_the_key_is_nowhere_to_be_read(make_rbd: MakeRbd, rbd_key: Path) -> None:
+    driver, key = make_rbd(), rbd_key.read_text()
+    driver.map(driver.create(spec()).handle)
+    (helper,) = driver.host.helpers("rbd-qsd-")
+    runtime = driver.host.private_folder("any").parents[1]
+    assert subprocess.run(["grep", "-rqF", key, runtime], check=False).returncode == 1
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            assert key.encode() not in (folder / "cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    assert key not in str(driver.probe())
+    assert helper.running

@@ -278,3 +278,17 @@ def ceph_cluster(*, address: str = "127.0.0.1", size: int = 4 << 30) -> Iterator
             yield cluster
         finally:
             cluster.end()
+
+
+@contextlib.contextmanager
+def address_for_guests() -> Iterator[str]:
+    """One of this machine's that is neither 127.0.0.1, which a guest has for itself, nor anybody's: of TEST-NET-2
+    (RFC 5737), on the loopback device."""
+    taken = {each["local"] for link in json.loads(sh("ip", "-json", "address")) for each in link["addr_info"]}
+    free = [f"198.51.100.{number}" for number in range(1, 255) if f"198.51.100.{number}" not in taken]
+    address = secrets.choice(free)
+    sh("ip", "address", "add", f"{address}/32", "dev", "lo")
+    try:
+        yield address
+    finally:
+        sh("ip", "address", "del", f"{address}/32", "dev", "lo")
