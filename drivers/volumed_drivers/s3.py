@@ -281,28 +281,33 @@ class S3Driver(FilesystemDriver, SupportsExpand):
         bucket, base = self._place(handle)
         self._present(bucket, base)
         name = client_name("s3", handle, target)
-        folder = self.host.private_folder(name)
-        root, keys = folder / "root", folder / "keys"
+        root = self.host.private_folder(name) / "root"
         client = FuseClient(self.host, name, root, subject=self._subject)
         if client.running() or self.host.is_mountpoint(root):
             client.end(timeout=5.0)  # left half started by a daemon that was killed
         root.mkdir(exist_ok=True)
-        write_private(keys, ":".join(self._s3.keys()))
+        words = [*self._client_options(bucket, base), *options, *(["ro"] if readonly else [])]
         try:
-            words = [*self._client_options(bucket, base, keys), *options, *(["ro"] if readonly else [])]
-            argv: list[str | Path] = ["s3fs", f"{bucket}:/{base.rstrip('/')}", root, "-f", "-o", ",".join(words)]
-            ca = {"CURL_CA_BUNDLE": str(self._options.tls_ca)} if self._options.tls_ca else None
-            client.start(argv, env=ca, timeout=MOUNT_TIMEOUT)
+            self._start(client, f"{bucket}:/{base.rstrip('/')}", root, words)
             self._bind(client, root / "data", target)
             self.host.unmount_network(root)
         finally:
-            keys.unlink()  # s3fs has read it before it mounts
-        root.rmdir()
-        folder.rmdir()
+            if not self.host.is_mountpoint(root):
+                root.rmdir()
+                root.parent.rmdir()
 
-    def _client_options(self, bucket: str, base: str, keys: Path) -> Iterable[str]:
+    def _start(self, client: FuseClient, source: str, root: Path, words: Sequence[str]) -> None:
+        keys = root.with_name("keys")
+        write_private(keys, ":".join(self._s3.keys()))
+        try:
+            argv: list[str | Path] = ["s3fs", source, root, "-f", "-o", ",".join([f"passwd_file={keys}", *words])]
+            ca = {"CURL_CA_BUNDLE": str(self._options.tls_ca)} if self._options.tls_ca else None
+            client.start(argv, env=ca, timeout=MOUNT_TIMEOUT)
+        finally:
+            keys.unlink()  # s3fs has read it before it mounts
+
+    def _client_options(self, bucket: str, base: str) -> Iterable[str]:
         options = self._options
-        yield f"passwd_file={keys}"
         yield f"url={options.endpoint or f'https://s3.{options.region}.amazonaws.com'}"
         yield f"endpoint={options.region}"
         if self._s3.access.path_style:
