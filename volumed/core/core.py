@@ -72,7 +72,8 @@ class Core:
         self.repository = Repository(store)
         self.events = Events()
         self.backends = open_backends(settings, drivers=drivers, host=host)
-        locks = KeyedLocks()
+        self.host = host
+        self.locks = locks = KeyedLocks()
         mounts_dir = settings.state_dir / "mounts"
         mounts_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
         self.reach = Reach(node=self.node, repository=self.repository, backends=self.backends)
@@ -194,7 +195,6 @@ class Core:
             locks=locks,
         )
         self.helpers = HelperWatch(host=host, repository=self.repository, events=self.events)
-        self._host = host
         self._sources = tuple(sources)
         self._stop = threading.Event()
         self._wake = {source.engine: threading.Event() for source in sources}
@@ -238,7 +238,7 @@ class Core:
         due = time.monotonic() + self.settings.reconcile_interval
         while not self._stop.is_set():
             # In slices, so that a stop is noticed.
-            changed = self._host.wait_for_mount_change(min(1.0, max(0.0, due - time.monotonic())))
+            changed = self.host.wait_for_mount_change(min(1.0, max(0.0, due - time.monotonic())))
             thorough = time.monotonic() >= due
             if not changed and not thorough:
                 continue

@@ -67,8 +67,9 @@ class Provision:
         self._mounts = mounts
         self._locks = locks
 
-    def make(self, volume: Volume, backend: Backend, origin: Origin | None) -> Volume:
-        """The volume on its storage, ready to be mounted; the record returned has its handle and its real size."""
+    def make(self, volume: Volume, backend: Backend, origin: Origin | None, *, blank: bool = False) -> Volume:
+        """The volume on its storage, ready to be mounted; the record returned has its handle and its real size.
+        `blank`: a bare device, whose file system will come with the data."""
         driver = backend.driver
         options = read_options(driver.VolumeOptions, volume.options, subject=f"backend {backend.name}")
         mark = marks.write(volume)
@@ -76,7 +77,7 @@ class Provision:
         made = self._copy(spec, backend, origin) if origin else driver.create(spec)
         crash.point("create.stored")
         ready = msgspec.structs.replace(volume, handle=made.handle, size=made.size, state=VolumeState.READY)
-        if volume.mode is VolumeMode.FILESYSTEM:
+        if volume.mode is VolumeMode.FILESYSTEM and not blank:
             self._prepare(ready, backend, copied=origin is not None)
         return ready
 
