@@ -32,6 +32,7 @@ from volumed.frontends.admin.lazy import LazyApp
 from volumed.frontends.docker.app import DockerApp
 from volumed.frontends.server import UnixServer
 from volumed.host.linux import LinuxHost
+from volumed.migration.migrations import Migrations
 from volumed.store.sqlite import SqliteStore
 
 if TYPE_CHECKING:
@@ -119,13 +120,16 @@ def _run(settings: Settings, arguments: argparse.Namespace) -> int:
             sources=_sources(settings, host),
         )
         cleanup.callback(core.stop)
+        migrations = Migrations(core)
         if arguments.unmount_all:
-            core.recover()
+            core.recover(migrations.recover)
             core.reconciler.release_all()
             return 0
-        core.recover()
+        core.recover(migrations.recover)
         core.start()
-        asyncio.run(_serve(core))
+        migrations.start()
+        cleanup.callback(migrations.stop)
+        asyncio.run(_serve(core, migrations))
     _log.info("stopped; mounted volumes stay mounted")
     return leave(0)
 
@@ -149,11 +153,16 @@ def _sources(settings: Settings, host: LinuxHost) -> list[ConsumerSource]:
     return sources
 
 
-async def _serve(core: Core) -> None:
+async def _serve(core: Core, migrations: Migrations) -> None:
     settings = core.settings
     inherited = inherited_sockets()
     servers = [
-        UnixServer(LazyApp(core), settings.admin.socket, group=settings.admin.group, inherited=inherited.get("admin"))
+        UnixServer(
+            LazyApp(core, migrations),
+            settings.admin.socket,
+            group=settings.admin.group,
+            inherited=inherited.get("admin"),
+        )
     ]
     if settings.docker.enabled:
         servers.append(

@@ -200,10 +200,12 @@ class Core:
         self._wake = {source.engine: threading.Event() for source in sources}
         self._threads: list[threading.Thread] = []
 
-    def recover(self) -> None:
-        """Before anybody is served: the backends are probed, what a crash cut short is settled, and every volume that
-        is bound is mounted again. A backend that hangs is left behind after a few seconds."""
+    def recover(self, *first: Callable[[], None]) -> None:
+        """Before anybody is served: the backends are probed, what a crash cut short is settled, by `first` too, and
+        every volume that is bound is mounted again. A backend that hangs is left behind after a few seconds."""
         self._prober.look(patience=5.0)
+        for settle in first:
+            settle()
         self.journal.recover()
         with context.request(timeout=PATIENCE):
             self.reconciler.run()

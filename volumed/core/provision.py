@@ -147,14 +147,18 @@ class Provision:
         actual = driver.expand(handle_of(volume), size)
         crash.point("expand.stored")
         if isinstance(driver, BlockDriver) and volume.filesystem:
-            used_now = self._presence.is_mounted(volume, driver)
-            path = self._presence.establish(volume, driver)
-            try:
-                filesystems.get(volume.filesystem).grow(self._presence.host, driver.map(handle_of(volume)), path)
-            finally:
-                if not used_now:
-                    self._presence.remove(volume, driver)
+            self.fit(volume, driver)
         return msgspec.structs.replace(volume, size=actual)
+
+    def fit(self, volume: Volume, driver: BlockDriver) -> None:
+        """The file system as large as its device."""
+        used_now = self._presence.is_mounted(volume, driver)
+        path = self._presence.establish(volume, driver)
+        try:
+            filesystems.get(volume.filesystem or "").grow(self._presence.host, driver.map(handle_of(volume)), path)
+        finally:
+            if not used_now:
+                self._presence.remove(volume, driver)
 
     @staticmethod
     def check_modification(backend: Backend, volume: Volume, options: Mapping[str, str]) -> None:

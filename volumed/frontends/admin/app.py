@@ -17,9 +17,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from volumed import __version__, context
 from volumed.core.core import Core
 from volumed.errors import InvalidRequest, VolumedError
+from volumed.frontends.admin.migration import migration_routers
 from volumed.frontends.admin.routes import routers
 from volumed.frontends.admin.schemas import ErrorView
 from volumed.frontends.statuses import status_of
+from volumed.migration.migrations import Migrations
 
 _log = logging.getLogger(__name__)
 
@@ -28,10 +30,10 @@ TIMEOUT = 600.0  # an operator waits longer than an engine
 _REQUEST_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 
 
-def create_app(core: Core) -> ASGIApp:
+def create_app(core: Core, migrations: Migrations) -> ASGIApp:
     errors: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorView, "description": "An error"}}
     app = FastAPI(title="volumed", version=__version__, responses=errors, redoc_url=None)
-    for router in routers(core):
+    for router in (*routers(core), *migration_routers(migrations)):
         app.include_router(router)
 
     @app.get("/metrics", response_class=Response, tags=["health"])

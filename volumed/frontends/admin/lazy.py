@@ -9,13 +9,15 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from volumed.core.core import Core
+from volumed.migration.migrations import Migrations
 
 ASGIApp = Callable[[dict[str, Any], Any, Any], Awaitable[None]]
 
 
 class LazyApp:
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, migrations: Migrations) -> None:
         self._core = core
+        self._migrations = migrations
         self._lock = threading.Lock()
         self._app: ASGIApp | None = None
 
@@ -31,5 +33,5 @@ class LazyApp:
             if app is None:
                 from volumed.frontends.admin.app import create_app  # noqa: PLC0415 (late on purpose)
 
-                app = self._app = create_app(self._core)
+                app = self._app = create_app(self._core, self._migrations)
             return app

@@ -32,8 +32,8 @@ Work = Callable[[int, mmap.mmap], None]
 
 
 class BlockMover(Mover):
-    """Holes stay holes. What a writer changed meanwhile is found by reading everything again and comparing digests; that
-    is done after `watch` alone."""
+    """Holes stay holes. What a writer changed meanwhile is found by reading everything again, which is done after
+    `watch` alone, and comparing digests."""
 
     def __init__(self, source: Path, target: Path, workdir: Path) -> None:
         super().__init__(source, target, workdir)
@@ -90,9 +90,10 @@ class BlockMover(Mover):
                         changed += length if number in held else 0
                 control.done(bytes=length if number in held else 0)
 
-            todo = (number for number in range(chunks.count) if suspect or chunks.state(number) is State.UNKNOWN)
+            todo = [number for number in range(chunks.count) if suspect or chunks.state(number) is State.UNKNOWN]
+            control.done(bytes=sum(map(chunks.length, frozenset(held).difference(todo))))
             try:
-                self._work(todo, copy, background=not last)
+                self._work(iter(todo), copy, background=not last)
                 os.fsync(target)
             except BaseException:
                 self._suspect = suspect
@@ -246,5 +247,5 @@ def _named(number: int, chunks: Chunks) -> str:
 def _explained(error: OSError, number: int) -> Exception:
     where = f"at byte {number * CHUNK}"
     if error.errno in _FULL:
-        return CapacityExhausted(f"the target is full {where}", hint="free some space there, and resume the move")
+        return CapacityExhausted(f"the target is full {where}", hint="free some space there, and move it again")
     return HostError(f"{error.strerror} {where}")

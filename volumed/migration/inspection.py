@@ -1,0 +1,110 @@
+"""A look at a volume's data before it is moved, from which the plan is made."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from volumed.core.core import Core
+from volumed.core.mounts import describe_each
+from volumed.core.presence import handle_of
+from volumed.driver import Capability
+from volumed.errors import NotSupported
+from volumed.host.allocation import data_extents
+from volumed.migration import planner
+from volumed.migration.losses import take_census
+from volumed.migration.movers.block import size_of
+from volumed.migration.places import device_of
+from volumed.migration.planner import Plan, Wish
+from volumed.model import Binding, Engine, MovePath, Volume, now
+
+
+class Inspection:
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    def plan(self, volume: Volume, wish: Wish) -> Plan:
+        core = self._core
+        handle_of(volume)
+        source, target = core.backends.get(volume.backend), core.backends.get(wish.backend)
+        if source is target and not (wish.size or wish.filesystem or wish.options):
+            raise NotSupported(
+                f"lies on backend {source.name} already", subject=f"volume {volume.name}", hint="name another backend"
+            )
+        others = [held for held in core.repository.bindings(volume.id) if held.engine is not Engine.VOLUMED]
+        path, rejected = planner.choose_path(volume, source, target, in_use=bool(others), wish=wish)
+        census = None
+        if path is MovePath.TREE:
+            with self._tree_of(volume) as root:
+                census = take_census(root)
+        place = planner.shape_of(volume, target, wish, census)
+        amount = census.bytes if census else self._allocated(volume)
+        seconds = planner.estimated_seconds(
+            path, amount=amount, files=census.files if census else 0, bandwidth=wish.bandwidth
+        )
+        attachments = core.repository.attachments(volume.id)
+        shared = (
+            Capability.MULTI_NODE in source.capabilities
+            and len({held.node for held in others} | {meant.node for meant in attachments}) > 1
+        )
+        return Plan(
+            path=path,
+            rejected=rejected,
+            target=place,
+            phases=tuple(map(str, planner.PHASES)),
+            bytes=amount,
+            files=census.files if census else 0,
+            seconds=seconds,
+            pause=planner.estimated_pause(path, amount=amount, in_use=bool(others)),
+            touched=tuple(line for held in others for line in describe_each(held)),
+            losses=tuple(
+                planner.losses_of(
+                    volume,
+                    target,
+                    place,
+                    census=census,
+                    snapshots=core.repository.snapshots(volume.id),
+                    shared=shared,
+                )
+            ),
+        )
+
+    @contextlib.contextmanager
+    def _tree_of(self, volume: Volume) -> Iterator[Path]:
+        """Mounted, without the lock being held: whoever wants to use the volume meanwhile does. Our own hold keeps it
+        mounted for as long as we look, and is cleared away after a crash as that of no move."""
+        core, backend = self._core, self._core.backends.get(volume.backend)
+        look = Binding(
+            volume_id=volume.id,
+            node=core.node,
+            engine=Engine.VOLUMED,
+            mount_id=f"look-{secrets.token_hex(8)}",
+            since=now(),
+            staging=True,
+        )
+
+        def take() -> Path:
+            with core.locks.hold(volume.id):
+                return core.mounts.take(volume, backend, look)
+
+        path = backend.call(take)
+        try:
+            yield path
+        finally:
+            core.mounts.drop(look, reason="looked")
+
+    def _allocated(self, volume: Volume) -> int:
+        """Bytes of its device that hold anything."""
+        backend = self._core.backends.get(volume.backend)
+
+        def look() -> int:
+            with self._core.locks.hold(volume.id):
+                device = device_of(volume, backend)
+                found = data_extents(device)
+                amount = size_of(device) if found is None else sum(extent.length for extent in found)
+                self._core.mounts.settle(volume, backend)
+                return amount
+
+        return backend.call(look)

@@ -1,0 +1,464 @@
+"""Moves as an operator sees them: planned, begun, watched, paused, aborted, undone. Each has a thread of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Iterator
+
+import msgspec
+
+from volumed import context
+from volumed.core.core import Core
+from volumed.core.mounts import describe_each
+from volumed.errors import InUse, InvalidRequest, PreconditionFailed, VolumedError
+from volumed.migration import losses
+from volumed.migration.inspection import Inspection
+from volumed.migration.move import Move, Step, StopWriters
+from volumed.migration.movers.mover import Control, Stopped
+from volumed.migration.places import OtherPlace, at, place_of
+from volumed.migration.planner import Plan, Wish
+from volumed.migration.records import Records
+from volumed.model import Engine, Migration, MigrationPhase, Volume, VolumeState, new_migration_id, now
+from volumed.store.repository import Transaction
+from volumed.testing import crash
+
+_log = logging.getLogger(__name__)
+
+# At once: more would only take each other's bandwidth.
+PER_BACKEND, PER_NODE = 4, 8
+# Storage that does not answer for this long (about eight minutes of growing pauses) ends a move; past its commit point
+# nothing does.
+MOST_ATTEMPTS = 20
+LONGEST_PAUSE = 30.0
+SWEEP = 5.0
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """Of a running move. `rate`: bytes a second since the step began; `left`: seconds, None when it is not known."""
+
+    step: str
+    done: int = 0
+    total: int = 0
+    rate: float = 0.0
+    left: float | None = None
+
+
+class Migrations:
+    def __init__(self, core: Core, *, stop_writers: StopWriters = lambda volume, bindings: None) -> None:
+        """`stop_writers`: how the users of a volume are held still, or None when that is not to be done."""
+        self._core = core
+        self._records = Records(core.repository, core.locks, core.events)
+        self._inspection = Inspection(core)
+        self._stop_writers = stop_writers
+        self._guard = threading.Lock()
+        self._running: dict[str, tuple[threading.Thread, Control]] = {}
+        self._moves: dict[str, Move] = {}
+        self._closing = threading.Event()
+        self._node_room = threading.BoundedSemaphore(PER_NODE)
+        self._backend_room = {backend.name: threading.BoundedSemaphore(PER_BACKEND) for backend in core.backends.all()}
+
+    # Asking
+    def get(self, reference: str) -> Migration:
+        return self._records.get(reference)
+
+    def all(self) -> list[Migration]:
+        return self._records.all()
+
+    def progress(self, migration: Migration) -> Progress | None:
+        """None when it does not run now."""
+        move = self._moves.get(migration.id)
+        if move is None:
+            return None
+        step: Step = move.step
+        done = move.control.bytes - step.base
+        rate = done / max(time.monotonic() - step.begun, 0.001)
+        left = max(0.0, (step.total - done) / rate) if step.total and rate else None
+        return Progress(step=step.name, done=done, total=step.total, rate=rate, left=left)
+
+    def plan(self, reference: str, wish: Wish) -> Plan:
+        """What a move would do. Changes nothing; looks through the volume's data."""
+        return self._inspection.plan(self._core.volumes.get(reference), wish)
+
+    # Beginning
+    def begin(self, reference: str, wish: Wish) -> Migration:
+        """Raises PreconditionFailed with the list of what would be lost, and what the planner raises."""
+        volume = self._core.volumes.get(reference)
+        self._refuse_second(volume)
+        plan = self._inspection.plan(volume, wish)
+        losses.check(plan.losses, wish.accept, subject=f"volume {volume.name}")
+        migration = Migration(
+            id=new_migration_id(),
+            volume_id=volume.id,
+            volume_name=volume.name,
+            node=self._core.node,
+            phase=MigrationPhase.PLANNED,
+            path=plan.path,
+            source=place_of(volume),
+            target=plan.target,
+            created=now(),
+            by=wish.by,
+            bandwidth=wish.bandwidth,
+            max_pause=wish.max_pause,
+            keep_source=wish.keep_source,
+            accepted=wish.accept,
+            expected=plan.bytes,
+        )
+        with self._core.locks.hold(volume.id):
+            self._refuse_second(volume)
+            migration = self._records.begin(migration)
+        crash.point("migrate.planned")
+        self._spawn(migration.id)
+        return migration
+
+    def _refuse_second(self, volume: Volume) -> None:
+        there = self._core.repository.migration_of(volume.id)
+        if there is not None:
+            raise InUse(
+                f"is being moved to backend {there.target.backend} already",
+                subject=f"volume {volume.name}",
+                hint=f"see `volumectl migration show {there.id}`",
+            )
+        if volume.state is not VolumeState.READY:
+            raise InUse(f"is {volume.state}", subject=f"volume {volume.name}")
+
+    # Steering
+    def throttle(self, reference: str, bandwidth: int) -> Migration:
+        """Bytes a second; 0: as fast as it goes."""
+        migration = self._records.change(self.get(reference).id, bandwidth=bandwidth)
+        with self._guard:
+            if migration.id in self._running:
+                self._running[migration.id][1].rate = bandwidth
+        return migration
+
+    def pause(self, reference: str) -> Migration:
+        """What was copied stays. Past the commit point there is nothing to pause."""
+        migration = self._before_commit(reference, "paused")
+        migration = self._records.change(migration.id, paused=True)
+        self._halt(migration.id)
+        return migration
+
+    def resume(self, reference: str) -> Migration:
+        migration = self._records.change(self._before_commit(reference, "resumed").id, paused=False)
+        self._spawn(migration.id)
+        return migration
+
+    def abort(self, reference: str) -> Migration:
+        """The target goes; the source was never touched."""
+        while True:
+            migration = self._before_commit(reference, "aborted")
+            try:
+                if migration.phase is not MigrationPhase.ABORTING:
+                    migration = self._records.advance(migration, MigrationPhase.ABORTING, paused=False)
+            except Stopped:
+                continue  # it went on in this very moment: look again
+            self._halt(migration.id)
+            self._spawn(migration.id)
+            return migration
+
+    def _before_commit(self, reference: str, what: str) -> Migration:
+        migration = self.get(reference)
+        if migration.phase.ended or migration.phase.committed:
+            raise PreconditionFailed(
+                f"is {migration.phase} and cannot be {what}",
+                subject=f"migration {migration.id}",
+                hint="undo it with `volumectl migration rollback`" if migration.phase.committed else "",
+            )
+        return migration
+
+    def finish(self, reference: str) -> Migration:
+        """Give the undo up: the source goes now."""
+        migration = self._kept(reference, "finished")
+        self._records.change(migration.id, kept_until=now())
+        self._reclaim(self.get(migration.id))
+        return self.get(migration.id)
+
+    def _kept(self, reference: str, what: str) -> Migration:
+        migration = self.get(reference)
+        if migration.phase is not MigrationPhase.KEPT:
+            raise PreconditionFailed(
+                f"is {migration.phase}: only a move whose source is kept can be {what}",
+                subject=f"migration {migration.id}",
+            )
+        return migration
+
+    # Undoing
+    def rollback(self, reference: str, *, discard: bool = False, carry: bool = False) -> Migration:
+        """Back to the source. What was written since is carried back, by a move the other way into the kept source, or
+        discarded, as it is told; when nobody used the volume since, there is nothing to tell.
+
+        Raises PreconditionFailed saying what would be lost, InUse naming who holds it.
+        """
+        migration = self._kept(reference, "rolled back")
+        volume = self._core.volumes.get(migration.volume_id)
+        if volume.stored_as != migration.target.stored_as:
+            raise PreconditionFailed(
+                "was moved on since", subject=f"volume {volume.name}", hint="undo the later move first"
+            )
+        users = self._users_since(migration, volume)
+        if carry:
+            return self._carry_back(migration, volume)
+        if users and not discard:
+            raise PreconditionFailed(
+                f"was used since the move, and what was written would be lost: {', '.join(users)}",
+                subject=f"volume {volume.name}",
+                hint="carry it back with --carry, or lose it with --discard",
+            )
+        self._switch_back(migration)
+        self._spawn(migration.id)
+        return self.get(migration.id)
+
+    def _users_since(self, migration: Migration, volume: Volume) -> list[str]:
+        moved = next(when for phase, when in migration.phases if phase is MigrationPhase.CUTOVER)
+        there = [line for held in self._core.repository.bindings(volume.id) for line in describe_each(held)]
+        gone = [
+            consumer.name or consumer.id[:12]
+            for ended in self._core.repository.history(volume.id)
+            if ended.until > moved
+            for consumer in ended.consumers
+        ]
+        ended = [held for held in self._core.repository.history(volume.id) if held.until > moved]
+        return list(dict.fromkeys([*there, *gone])) or [f"{held.engine}" for held in ended]
+
+    def _switch_back(self, migration: Migration) -> None:
+        """The commit point of an undo: from here on the target is what goes."""
+        core = self._core
+        with core.locks.hold(migration.volume_id):
+            volume = core.volumes.get(migration.volume_id)
+            backend = core.backends.get(volume.backend)
+            snapshots = [snapshot.name for snapshot in core.repository.snapshots(volume.id)]
+            if snapshots:
+                raise InUse(
+                    "has snapshots taken since the move",
+                    holders=snapshots,
+                    subject=f"volume {volume.name}",
+                    hint="remove them first",
+                )
+            back = at(volume, migration.source)
+
+            def switch(transaction: Transaction) -> None:
+                transaction.put(back, previous=volume)
+                for snapshot in migration.snapshots:
+                    transaction.put(msgspec.structs.replace(snapshot, revision=0))
+
+            with core.mounts.unmounted(volume, backend):
+                crash.point("migrate.unmounted-for-rollback")
+                self._records.advance(
+                    migration, MigrationPhase.ABORTING, switch, snapshots=(), kept_until=None, error=""
+                )
+                crash.point("migrate.rolled-back")
+
+    def _carry_back(self, migration: Migration, volume: Volume) -> Migration:
+        """A move into what is the source still, which is not an undo any more once it began to be written."""
+        self._refuse_second(volume)
+        back = Migration(
+            id=new_migration_id(),
+            volume_id=volume.id,
+            volume_name=volume.name,
+            node=self._core.node,
+            phase=MigrationPhase.PREPARED,
+            path=migration.path,
+            source=place_of(volume),
+            target=migration.source,
+            created=now(),
+            by=migration.by,
+            bandwidth=migration.bandwidth,
+            keep_source=migration.keep_source,
+            accepted=migration.accepted,
+            returns=migration.id,
+        )
+        if migration.snapshots:
+            raise PreconditionFailed(
+                "its old place has snapshots, which a move into it would make false",
+                subject=f"volume {volume.name}",
+                hint="discard what was written since with --discard, or move it as a new move",
+            )
+
+        def supersede(transaction: Transaction) -> None:
+            self._records.hand_over(transaction, migration)
+
+        with self._core.locks.hold(volume.id):
+            begun = self._records.begin(back, supersede)
+        crash.point("migrate.planned-back")
+        self._spawn(begun.id)
+        return begun
+
+    # Running
+    def recover(self) -> None:
+        """Before the machine is brought to what the ledger says: holds of moves that are over go, and a volume whose
+        move had passed its commit point is shown at its new place."""
+        known = {migration.id: migration for migration in self.all() if not migration.phase.ended}
+        for held in self._core.repository.bindings(node=self._core.node):
+            move = known.get(held.mount_id)  # type: ignore[call-overload]
+            if held.engine is Engine.VOLUMED and (move is None or move.phase.committed):
+                with self._core.repository.transaction() as transaction:
+                    transaction.delete(held)
+        for migration in known.values():
+            if migration.phase is MigrationPhase.CUTOVER and migration.node == self._core.node:
+                with contextlib.suppress(VolumedError), context.request(timeout=10.0):
+                    Move(self._core, self._records, migration, Control(), self._stop_writers).show_new_place()
+
+    def start(self) -> None:
+        """Go on with what was cut short."""
+        for migration in self.all():
+            ours = migration.node == self._core.node and not migration.phase.ended
+            if ours and not migration.paused and migration.phase is not MigrationPhase.KEPT:
+                self._spawn(migration.id)
+        threading.Thread(target=self._sweep, name="migrations", daemon=True).start()
+
+    def stop(self) -> None:
+        """What was copied stays, and goes on at the next start."""
+        self._closing.set()
+        with self._guard:
+            running = list(self._running.values())
+        for _, control in running:
+            control.stop()
+        for thread, _ in running:
+            thread.join(timeout=5.0)
+
+    def wait(self, reference: str, *, timeout: float) -> Migration:
+        """Until its thread ends."""
+        with self._guard:
+            running = self._running.get(self.get(reference).id)
+        if running is not None:
+            running[0].join(timeout)
+        return self.get(reference)
+
+    def _spawn(self, migration_id: str) -> None:
+        with self._guard:
+            if migration_id in self._running or self._closing.is_set():
+                return
+            control = Control()
+            thread = threading.Thread(
+                target=self._run, args=(migration_id, control), name=f"move-{migration_id[-6:]}", daemon=True
+            )
+            self._running[migration_id] = (thread, control)
+        thread.start()
+
+    def _halt(self, migration_id: str) -> None:
+        """Its thread ends soon, and goes on by itself when it is to take the target away."""
+        with self._guard:
+            running = self._running.get(migration_id)
+        if running is not None:
+            running[1].stop()
+
+    def _run(self, migration_id: str, control: Control) -> None:
+        try:
+            with context.request(migration_id[-12:]):
+                while self._attempt(migration_id, control) and not self._closing.is_set():
+                    control = Control()
+                    with self._guard:
+                        self._running[migration_id] = (threading.current_thread(), control)
+        except Exception:
+            _log.exception("move %s ended by a bug; it goes on after a restart", migration_id)
+        finally:
+            with self._guard:
+                del self._running[migration_id]
+                self._moves.pop(migration_id, None)
+        if not self._closing.is_set():
+            self._look_again(migration_id)
+
+    def _look_again(self, migration_id: str) -> None:
+        """It was resumed or aborted just when its thread ended; or its source is not to be kept at all."""
+        migration = self.get(migration_id)
+        if migration.phase is MigrationPhase.KEPT:
+            with contextlib.suppress(VolumedError):
+                self._reclaim_due(migration)
+        elif migration.phase is MigrationPhase.ABORTING:
+            self._spawn(migration_id)
+
+    def _attempt(self, migration_id: str, control: Control) -> bool:
+        """Whether it is to be tried again."""
+        migration = self.get(migration_id)
+        control.rate = migration.bandwidth
+        try:
+            with self._room(migration, control):
+                move = Move(self._core, self._records, migration, control, self._stop_writers)
+                self._moves[migration_id] = move
+                move.run()
+        except Stopped:
+            return self.get(migration_id).phase is MigrationPhase.ABORTING
+        except VolumedError as error:
+            return self._failed(migration_id, move.explained(error), control)
+        except Exception as error:
+            _log.exception("move %s failed", migration_id)
+            return self._failed(migration_id, VolumedError(f"a bug: {error!r}"), control)
+        return False
+
+    def _failed(self, migration_id: str, error: VolumedError, control: Control) -> bool:
+        migration = self.get(migration_id)
+        if migration.phase.ended:
+            return False
+        attempt = migration.attempt + 1
+        to_the_end = migration.phase.committed or migration.phase is MigrationPhase.ABORTING
+        _log.warning("move of %s: %s", migration.volume_name, error, extra={"volume": migration.volume_name})
+        if to_the_end or (error.retry_after is not None and attempt <= MOST_ATTEMPTS):
+            kept = migration.error if migration.phase is MigrationPhase.ABORTING and migration.error else str(error)
+            self._records.change(migration_id, attempt=attempt, error=kept)
+            ends = time.monotonic() + min(LONGEST_PAUSE, 0.5 * 2 ** min(attempt, 10))
+            while time.monotonic() < ends and not control.stopped:
+                time.sleep(0.1)
+            return True
+        with contextlib.suppress(Stopped):
+            self._records.advance(migration, MigrationPhase.ABORTING, error=str(error))
+        return True
+
+    @contextlib.contextmanager
+    def _room(self, migration: Migration, control: Control) -> Iterator[None]:
+        """A turn on this node and on both backends, always taken in one order."""
+        names = sorted({migration.source.backend, migration.target.backend} & self._backend_room.keys())
+        with contextlib.ExitStack() as taken:
+            for room in (self._node_room, *(self._backend_room[name] for name in names)):
+                while not room.acquire(timeout=0.2):
+                    control.check()
+                taken.callback(room.release)
+            yield
+
+    # Taking the source away
+    def _sweep(self) -> None:
+        while not self._closing.wait(SWEEP):
+            for migration in self.all():
+                if migration.phase is MigrationPhase.KEPT and migration.node == self._core.node:
+                    try:
+                        self._reclaim_due(migration)
+                    except VolumedError as error:
+                        _log.warning("the source of %s goes later: %s", migration.volume_name, error)
+
+    def _reclaim_due(self, migration: Migration) -> None:
+        """When its time is over, or the volume was removed."""
+        gone = self._core.repository.volume(migration.volume_id) is None
+        if gone or (migration.kept_until is not None and migration.kept_until <= now()):
+            self._reclaim(migration)
+
+    def _reclaim(self, migration: Migration) -> None:
+        core = self._core
+        with core.locks.hold(f"reclaim:{migration.id}"), context.request():
+            if self.get(migration.id).phase is not MigrationPhase.KEPT:
+                return
+            if core.repository.volume_stored_as(migration.source.stored_as) is not None:
+                raise InvalidRequest("is the volume itself", subject=f"volume {migration.volume_name}")
+            place = OtherPlace(
+                core.host,
+                core.settings.state_dir / "migrations" / migration.id,
+                backends=core.backends,
+                mounts=core.mounts,
+                locks=core.locks,
+            )
+            place.destroy(_shell(migration), migration.snapshots)
+            crash.point("migrate.reclaimed")
+            self._records.advance(migration, MigrationPhase.DONE)
+            place.forget()
+
+
+def _shell(migration: Migration) -> Volume:
+    """As much of a volume as its storage needs, to take away a place of one that may be gone itself."""
+    empty = Volume(
+        id=migration.volume_id,
+        name=migration.volume_name,
+        backend=migration.source.backend,
+        state=VolumeState.DELETING,
+        created=migration.created,
+    )
+    return at(empty, migration.source)

@@ -1,0 +1,449 @@
+"""One move, phase by phase: each is written down before it acts, and bears being begun again after a crash in it.
+
+Up to the commit point the source is the volume and was never written to: any failure takes the target away. The commit
+point is one transaction of the ledger. After it everything goes on to the end, however often it takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+from volumed.core.backends import Backend
+from volumed.core.core import Core
+from volumed.core.mounts import describe_each
+from volumed.core.presence import Observed
+from volumed.driver import BlockDriver, FilesystemDriver, SupportsCapacity
+from volumed.errors import CapacityExhausted, HostError, IntegrityError, InUse, NotFound, VolumedError
+from volumed.migration.losses import check, of_tree, take_census
+from volumed.migration.movers.block import BlockMover
+from volumed.migration.movers.mover import Control, Mover, Round, Stopped, Writers
+from volumed.migration.places import OtherPlace, at, device_of, source_and_target
+from volumed.migration.records import Records
+from volumed.model import Binding, Engine, Migration, MigrationPhase, MovePath, Volume, VolumeState, now
+from volumed.store.repository import Transaction
+from volumed.testing import crash
+
+_log = logging.getLogger(__name__)
+MOVERS: dict[MovePath, type[Mover]] = {MovePath.BLOCK: BlockMover}
+# Of a volume that is in use and whose users are not to be stopped: how often it is looked whether they are gone.
+WAITING = 1.0
+NEARLY_NOTHING = 1 << 20
+
+StopWriters = Callable[[Volume, list[Binding]], Writers | None]
+
+
+class Busy(VolumedError):
+    """Somebody took the volume in the moment before it was to be held still."""
+
+    code = "in_use"
+    retry_after = 1.0
+
+
+class Step(NamedTuple):
+    """What it is at, for a progress bar: `total` bytes from `base` of the control's counter on."""
+
+    name: str
+    total: int
+    base: int
+    begun: float  # time.monotonic
+
+
+class Sides(NamedTuple):
+    source: Path
+    target: Path
+
+
+class Move:
+    def __init__(
+        self, core: Core, records: Records, migration: Migration, control: Control, stop_writers: StopWriters
+    ) -> None:
+        self._core = core
+        self._records = records
+        self.control = control
+        self._stop_writers = stop_writers
+        self.migration = migration
+        self.step = Step("preparing", 0, 0, time.monotonic())
+        self._other: OtherPlace | None = None
+        self._mover: Mover | None = None
+        self._steps: dict[MigrationPhase, Callable[[], None]] = {
+            MigrationPhase.PLANNED: self._prepare,
+            MigrationPhase.PREPARED: self._take,
+            MigrationPhase.SEEDING: self._seed,
+            MigrationPhase.CONVERGING: self._converge,
+            MigrationPhase.QUIESCED: self._begin_last_round_again,
+            MigrationPhase.VERIFIED: self._begin_last_round_again,
+            MigrationPhase.CUTOVER: self._go_over,
+            MigrationPhase.ABORTING: self._take_back,
+        }
+
+    # Going through the phases
+    def run(self) -> None:
+        """Until it ends, is kept, or is stopped. Raises what went wrong; the phase is then where it happened."""
+        try:
+            while self.migration.phase in self._steps:
+                if not self.migration.phase.committed and self.migration.phase is not MigrationPhase.ABORTING:
+                    self.control.check()
+                self._steps[self.migration.phase]()
+        finally:
+            self._close()
+
+    def _advance(self, phase: MigrationPhase, *also: Callable[[Transaction], None], **fields: object) -> None:
+        self.migration = self._records.advance(self.migration, phase, *also, **fields)
+        crash.point("migrate.advanced")
+
+    def _volume(self) -> Volume:
+        """Raises NotFound, InUse for a volume that lies elsewhere by now."""
+        volume = self._core.repository.volume(self.migration.volume_id)
+        if volume is None:
+            raise NotFound("was removed", subject=f"volume {self.migration.volume_name}")
+        own = self.migration.target if self.migration.phase.committed else self.migration.source
+        if volume.stored_as != own.stored_as:
+            raise InUse("was moved elsewhere meanwhile", subject=f"volume {volume.name}")
+        return volume
+
+    def _backend(self, volume: Volume) -> Backend:
+        return self._core.backends.get(volume.backend)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[Volume]:
+        with self._core.locks.hold(self.migration.volume_id, subject=f"volume {self.migration.volume_name}"):
+            yield self._volume()
+
+    def _place(self) -> OtherPlace:
+        if self._other is None:
+            core = self._core
+            workdir = core.settings.state_dir / "migrations" / self.migration.id
+            self._other = OtherPlace(core.host, workdir, backends=core.backends, mounts=core.mounts, locks=core.locks)
+        return self._other
+
+    # Up to the copy
+    def _prepare(self) -> None:
+        with self._locked() as volume:
+            if volume.state is not VolumeState.READY or self._core.journal.settle(volume) is None:
+                raise Busy(f"is {volume.state}", subject=f"volume {volume.name}")
+        made = self._place().make(at(volume, self.migration.target), blank=self.migration.path is MovePath.BLOCK)
+        crash.point("migrate.made")
+        self._advance(MigrationPhase.PREPARED, target=made)
+
+    def _take(self) -> None:
+        """Hold the volume on this node: its tree stays mounted, or its device mapped, whoever comes and goes."""
+        core, block = self._core, self.migration.path is MovePath.BLOCK
+        with self._locked() as volume:
+            others = self._others(volume)
+            held = core.repository.binding(volume.id, node=core.node, engine=Engine.VOLUMED, mount_id=self.migration.id)
+            if held is None:
+                held = Binding(
+                    volume_id=volume.id,
+                    node=core.node,
+                    engine=Engine.VOLUMED,
+                    mount_id=self.migration.id,
+                    since=now(),
+                    staging=True,
+                    block=block,
+                )
+                with core.repository.transaction() as transaction:
+                    transaction.put(held)
+                    if others:
+                        transaction.disturb(volume.id)
+            if block and not others:
+                backend = self._backend(volume)
+                backend.call(lambda: core.mounts.presence.remove(volume, backend.driver))
+                core.repository.calm(volume.id)
+        crash.point("migrate.taken")
+        self._advance(MigrationPhase.SEEDING)
+
+    def _others(self, volume: Volume) -> list[Binding]:
+        """Holds of anybody but us."""
+        return [held for held in self._core.repository.bindings(volume.id) if held.engine is not Engine.VOLUMED]
+
+    def _open(self) -> Mover:
+        """Both places present, and what carries the data between them."""
+        if self._mover is None:
+            sides = self._sides()
+            self._mover = MOVERS[self.migration.path](sides.source, sides.target, self._place().workdir)
+        return self._mover
+
+    def _sides(self) -> Sides:
+        with self._locked() as volume:
+            source, target = source_and_target(self.migration, volume)
+            backend, presence = self._backend(source), self._core.mounts.presence
+            if self.migration.path is MovePath.TREE:
+                there = backend.call(lambda: presence.establish(source, backend.driver))
+            else:
+                there = backend.call(lambda: device_of(source, backend))
+            return Sides(there, self._place().open(target, self.migration.path))
+
+    def _seed(self) -> None:
+        mover = self._open()
+        if self.migration.path is MovePath.TREE:
+            self._check_losses(mover)
+            mover.watch()
+        estimate = mover.estimate(self.control)
+        self.migration = self._records.change(self.migration.id, expected=estimate.bytes)
+        self._copy(mover)
+        crash.point("migrate.seeded")
+        self._prove()
+        self._advance(MigrationPhase.CONVERGING)
+
+    def _copy(self, mover: Mover, *, last: bool = False) -> Round:
+        self.step = Step("copying", self.migration.expected, self.control.bytes, time.monotonic())
+        done = mover.round(self.control, last=last)
+        self.migration = self._records.change(
+            self.migration.id, copied=self.migration.copied + done.changed, files=self.migration.files + done.files
+        )
+        return done
+
+    def _check_losses(self, mover: Mover) -> None:
+        """Once more, as the data is now: it may be hours since the plan."""
+        target = self._core.backends.get(self.migration.target.backend)
+        driver = target.driver
+        if isinstance(driver, FilesystemDriver) and driver.cannot_hold:
+            lost = of_tree(take_census(mover.source).used, driver.cannot_hold)
+            check(lost, self.migration.accepted, subject=f"volume {self.migration.volume_name}")
+
+    # Holding still
+    def _converge(self) -> None:
+        """Rounds while it is in use; then whoever writes is stopped, or waited for."""
+        mover = self._open()
+        while others := self._others(self._volume()):
+            spent = self._copy(mover).seconds if self.migration.path is MovePath.TREE else 0.0
+            writers = self._stop_writers(self._volume(), others)
+            if writers is not None and self._fits(mover):
+                self._with_writers_held(writers)
+                return
+            self.step = Step("waiting until nobody uses it", 0, 0, time.monotonic())
+            self._wait(WAITING + 2 * spent)
+        self._last_round(held=b"")
+
+    def _fits(self, mover: Mover) -> bool:
+        """Whether what is left is quickly done, as far as can be told."""
+        limit, left = self.migration.max_pause, mover.pending()
+        return limit is None or left is None or left.bytes / (100 << 20) + left.files / 4000 < limit
+
+    def _wait(self, seconds: float) -> None:
+        """Or until nobody uses it any more."""
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends and self._others(self._volume()):
+            self.control.check()
+            time.sleep(0.2)
+
+    def _with_writers_held(self, writers: Writers) -> None:
+        plan = writers.plan()
+        self.migration = self._records.change(self.migration.id, held=plan)
+        crash.point("migrate.planned-hold")
+        begun, moved = time.monotonic(), False
+        try:
+            writers.hold(plan)
+            crash.point("migrate.held")
+            self._last_round(held=plan)
+            moved = True
+            self.show_new_place()
+        finally:
+            moved = moved or self.migration.phase.committed
+            self._let_go(writers, plan, moved=moved)
+            self.migration = self._records.change(self.migration.id, held=b"", pause=round(time.monotonic() - begun, 3))
+
+    def _let_go(self, writers: Writers, plan: bytes, *, moved: bool) -> None:
+        for line in writers.release(plan, moved=moved):
+            self._core.events.publish("migration.stranded", self.migration.volume_name, line, level=logging.ERROR)
+
+    def _last_round(self, *, held: bytes) -> None:
+        """Nobody writes from here to the commit point. Who wants to mount the volume meanwhile waits for the lock."""
+        begun = time.monotonic()
+        mover = self._open()
+        with self._locked() as volume:
+            others = self._others(volume)
+            if others and not held:
+                raise Busy(
+                    "came into use",
+                    subject=f"volume {volume.name}",
+                    hint="; ".join(line for each in others for line in describe_each(each)),
+                )
+            if self.migration.path is MovePath.BLOCK:
+                self._reopen_device(volume, mover)
+            self._advance(MigrationPhase.QUIESCED)
+            self._copy(mover, last=True)
+            crash.point("migrate.copied")
+            digest = self._prove()
+            self._advance(MigrationPhase.VERIFIED, digest=digest)
+            self._close_target(volume)
+            crash.point("migrate.closed")
+            self._commit(volume, pause=time.monotonic() - begun)
+
+    def _reopen_device(self, volume: Volume, mover: Mover) -> None:
+        """What was mounted meanwhile is written back by unmounting it; its device must be as it was."""
+        presence, backend = self._core.mounts.presence, self._backend(volume)
+        path = presence.path(volume.id)
+        if volume.mode is not volume.mode.BLOCK and self._core.host.is_mountpoint(path):
+            backend.call(lambda: self._core.host.unmount(path))
+        if backend.call(lambda: device_of(volume, backend)) != mover.source:
+            raise Busy("its device changed", subject=f"volume {volume.name}")
+        if self._core.repository.disturbed(volume.id):
+            mover.watch()
+
+    def _prove(self) -> str:
+        """The digest. Raises IntegrityError naming what differs."""
+        self.step = Step("verifying", self.migration.expected, self.control.bytes, time.monotonic())
+        found = self._open().verify(self.control)
+        if found.differences:
+            raise IntegrityError(
+                f"the copy is not what was read: {'; '.join(found.differences[:10])}",
+                subject=f"volume {self.migration.volume_name}",
+                hint=f"look at backend {self.migration.target.backend}; the source was not touched",
+            )
+        return found.digest
+
+    def _close_target(self, volume: Volume) -> None:
+        """It is whole, on stable storage, and may be mounted as the volume from now on."""
+        if self._mover is not None:
+            self._mover.close()
+            self._mover = None
+        target = at(volume, self.migration.target)
+        source_size, place = self.migration.source.size, self._place()
+        if self.migration.path is MovePath.BLOCK and target.size and source_size and target.size > source_size:
+            place.grow(target)
+        place.close(target)
+
+    def _commit(self, volume: Volume, *, pause: float) -> None:
+        core = self._core
+        source, target = source_and_target(self.migration, volume)
+        left = tuple(core.repository.snapshots(volume.id))
+        held = core.repository.binding(volume.id, node=core.node, engine=Engine.VOLUMED, mount_id=self.migration.id)
+
+        def switch(transaction: Transaction) -> None:
+            transaction.put(target, previous=source)
+            for snapshot in left:
+                transaction.delete(snapshot)
+            if held is not None:
+                transaction.delete(held)
+
+        kept_until = now() + timedelta(seconds=self.migration.keep_source)
+        self._advance(
+            MigrationPhase.CUTOVER,
+            switch,
+            snapshots=left,
+            kept_until=kept_until,
+            pause=round(pause, 3),
+            error="",
+        )
+        crash.point("migrate.committed")
+
+    # Past the commit point
+    def _go_over(self) -> None:
+        self.show_new_place()
+        if self.migration.held:
+            self._release_held(moved=True)
+        self._take_source_away()
+        self._core.repository.calm(self.migration.volume_id)
+        crash.point("migrate.shown")
+        self._advance(MigrationPhase.KEPT)
+
+    def show_new_place(self) -> None:
+        """At the volume's path on this node: what its record says now, and only if anybody holds it."""
+        core, presence = self._core, self._core.mounts.presence
+        with self._locked() as volume:
+            source, target = source_and_target(self.migration, volume)
+            old, new = self._backend(source), self._backend(target)
+            if old.call(lambda: presence.observe(source, old.driver)) is Observed.MOUNTED and (
+                new.call(lambda: presence.observe(target, new.driver)) is not Observed.MOUNTED
+            ):
+                old.call(lambda: core.host.unmount(presence.path(volume.id)))
+                presence.scan()
+            crash.point("migrate.hidden")
+            if core.repository.bindings(volume.id, node=core.node):
+                new.call(lambda: presence.establish(target, new.driver))
+            else:
+                new.call(lambda: presence.remove(target, new.driver))
+
+    def _take_source_away(self) -> None:
+        """Not mapped any more: only what is in use is present on a node."""
+        with self._locked() as volume:
+            source = at(volume, self.migration.source)
+            backend = self._backend(source)
+            driver = backend.driver
+            if isinstance(driver, BlockDriver) and source.handle is not None:
+                handle = source.handle
+                backend.call(lambda: driver.unmap(handle))
+
+    def _release_held(self, *, moved: bool) -> None:
+        """After a crash: whoever was stopped goes on."""
+        writers = self._stop_writers(self._volume(), [])
+        if writers is not None:
+            self._let_go(writers, self.migration.held, moved=moved)
+        self.migration = self._records.change(self.migration.id, held=b"")
+
+    def _begin_last_round_again(self) -> None:
+        """A crash, or an error, between holding still and the commit point."""
+        if self.migration.held:
+            self._release_held(moved=False)
+        if self.migration.path is MovePath.TREE:
+            self._open().watch()
+        self._advance(MigrationPhase.CONVERGING)
+
+    # Back
+    def _take_back(self) -> None:
+        """The target goes; the source was never written to."""
+        self._close()
+        if self.migration.held:
+            self._release_held(moved=False)
+        core = self._core
+        volume = core.repository.volume(self.migration.volume_id)
+        if volume is not None:
+            with core.locks.hold(volume.id):
+                self._give_back(volume)
+        place = self._place()
+        gone = volume or Volume(
+            id=self.migration.volume_id,
+            name=self.migration.volume_name,
+            backend=self.migration.target.backend,
+            state=VolumeState.DELETING,
+            created=self.migration.created,
+        )
+        place.destroy(at(gone, self.migration.target))
+        crash.point("migrate.destroyed")
+        self._advance(self._end_of_the_way_back())
+        place.forget()
+
+    def _give_back(self, volume: Volume) -> None:
+        core = self._core
+        held = core.repository.binding(volume.id, node=core.node, engine=Engine.VOLUMED, mount_id=self.migration.id)
+        if held is not None:
+            with core.repository.transaction() as transaction:
+                transaction.delete(held)
+        core.repository.calm(volume.id)
+        current = core.repository.volume(volume.id)
+        if current is not None:
+            core.mounts.settle(current, self._backend(current))
+
+    def _end_of_the_way_back(self) -> MigrationPhase:
+        if any(phase is MigrationPhase.CUTOVER for phase, _ in self.migration.phases):
+            return MigrationPhase.ROLLED_BACK
+        return MigrationPhase.FAILED if self.migration.error else MigrationPhase.ABORTED
+
+    def _close(self) -> None:
+        if self._mover is not None:
+            with contextlib.suppress(VolumedError, OSError):
+                self._mover.close()
+            self._mover = None
+
+    def explained(self, error: VolumedError) -> VolumedError:
+        """On storage that is full a sparse device fails with an I/O error, and knows nothing better to say."""
+        if not isinstance(error, HostError):
+            return error
+        backend = self._core.backends.get(self.migration.target.backend)
+        with contextlib.suppress(VolumedError):
+            driver = backend.driver
+            if isinstance(driver, SupportsCapacity) and backend.call(driver.capacity).available < NEARLY_NOTHING:
+                return CapacityExhausted(
+                    f"is full: {error.text}", subject=f"backend {backend.name}", hint="free some space there"
+                )
+        return error
+
+
+__all__ = ["Busy", "Move", "Stopped", "StopWriters"]
