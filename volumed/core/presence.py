@@ -212,7 +212,7 @@ class Presence:
         while the volume was not mounted, and only a person can say whose they are."""
         remove_mount_point(self.path(volume_id))
 
-    def _device(self, volume: Volume, driver: BlockDriver) -> Path:
+    def device(self, volume: Volume, driver: BlockDriver) -> Path:
         """On this node, with nothing mounted; `remove` takes it away."""
         self._reach.attach_here(volume)
         return driver.map(handle_of(volume))
@@ -221,7 +221,7 @@ class Presence:
         """A new file system on a new volume, and the root of its tree as it was asked for."""
         if volume.filesystem is None:
             return
-        device = self._device(volume, driver)
+        device = self.device(volume, driver)
         filesystems.get(volume.filesystem).mkfs(self.host, device, options=volume.mkfs_options)
         crash.point("create.formatted")
 
@@ -229,7 +229,7 @@ class Presence:
         """Make the file system of a copy its own: another identity than its original's, as large as its device."""
         if volume.filesystem is None:
             return
-        device = self._device(volume, driver)
+        device = self.device(volume, driver)
         kind = filesystems.get(volume.filesystem)
         kind.check(self.host, device)
         kind.renew(self.host, device)

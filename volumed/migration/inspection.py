@@ -101,7 +101,7 @@ class Inspection:
 
         def look() -> int:
             with self._core.locks.hold(volume.id):
-                device = device_of(volume, backend)
+                device = device_of(volume, backend, self._core.mounts.presence)
                 found = data_extents(device)
                 amount = size_of(device) if found is None else sum(extent.length for extent in found)
                 self._core.mounts.settle(volume, backend)

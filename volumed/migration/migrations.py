@@ -439,13 +439,7 @@ class Migrations:
                 return
             if core.repository.volume_stored_as(migration.source.stored_as) is not None:
                 raise InvalidRequest("is the volume itself", subject=f"volume {migration.volume_name}")
-            place = OtherPlace(
-                core.host,
-                core.settings.state_dir / "migrations" / migration.id,
-                backends=core.backends,
-                mounts=core.mounts,
-                locks=core.locks,
-            )
+            place = OtherPlace(core, migration)
             place.destroy(_shell(migration), migration.snapshots)
             crash.point("migrate.reclaimed")
             self._records.advance(migration, MigrationPhase.DONE)

@@ -117,9 +117,7 @@ class Move:
 
     def _place(self) -> OtherPlace:
         if self._other is None:
-            core = self._core
-            workdir = core.settings.state_dir / "migrations" / self.migration.id
-            self._other = OtherPlace(core.host, workdir, backends=core.backends, mounts=core.mounts, locks=core.locks)
+            self._other = OtherPlace(self._core, self.migration)
         return self._other
 
     # Up to the copy
@@ -176,7 +174,7 @@ class Move:
             if self.migration.path is MovePath.TREE:
                 there = backend.call(lambda: presence.establish(source, backend.driver))
             else:
-                there = backend.call(lambda: device_of(source, backend))
+                there = backend.call(lambda: device_of(source, backend, presence))
             return Sides(there, self._place().open(target, self.migration.path))
 
     def _seed(self) -> None:
@@ -282,7 +280,7 @@ class Move:
         path = presence.path(volume.id)
         if volume.mode is not volume.mode.BLOCK and self._core.host.is_mountpoint(path):
             backend.call(lambda: self._core.host.unmount(path))
-        if backend.call(lambda: device_of(volume, backend)) != mover.source:
+        if backend.call(lambda: device_of(volume, backend, presence)) != mover.source:
             raise Busy("its device changed", subject=f"volume {volume.name}")
         if self._core.repository.disturbed(volume.id):
             mover.watch()
@@ -350,11 +348,12 @@ class Move:
         with self._locked() as volume:
             source, target = source_and_target(self.migration, volume)
             old, new = self._backend(source), self._backend(target)
-            if old.call(lambda: presence.observe(source, old.driver)) is Observed.MOUNTED and (
-                new.call(lambda: presence.observe(target, new.driver)) is not Observed.MOUNTED
+            shown = new.call(lambda: presence.observe(target, new.driver))
+            if shown is not Observed.MOUNTED and (
+                old.call(lambda: presence.observe(source, old.driver)) is not Observed.FOREIGN
             ):
-                old.call(lambda: core.host.unmount(presence.path(volume.id)))
-                presence.scan()
+                with contextlib.suppress(InUse):  # frozen containers have it still: it goes when they were let go
+                    old.call(lambda: presence.remove(source, old.driver))
             crash.point("migrate.hidden")
             if core.repository.bindings(volume.id, node=core.node):
                 new.call(lambda: presence.establish(target, new.driver))
@@ -366,9 +365,8 @@ class Move:
         with self._locked() as volume:
             source = at(volume, self.migration.source)
             backend = self._backend(source)
-            driver = backend.driver
-            if isinstance(driver, BlockDriver) and source.handle is not None:
-                handle = source.handle
+            driver, handle = backend.driver, source.handle
+            if isinstance(driver, BlockDriver) and handle is not None:
                 backend.call(lambda: driver.unmap(handle))
 
     def _release_held(self, *, moved: bool) -> None:

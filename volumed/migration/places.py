@@ -7,12 +7,12 @@ from pathlib import Path
 
 import msgspec
 
-from volumed.core.backends import Backend, Backends
-from volumed.core.locks import KeyedLocks
-from volumed.core.mounts import Mounts
+from volumed.core.backends import Backend
+from volumed.core.core import Core
 from volumed.core.presence import Presence, handle_of
 from volumed.core.provision import Provision
-from volumed.driver import BlockDriver, Host, SupportsSnapshots
+from volumed.core.reach import Reach, attacher
+from volumed.driver import BlockDriver, SupportsSnapshots
 from volumed.errors import NotSupported
 from volumed.model import Migration, MovePath, Ownership, Place, Snapshot, Volume
 
@@ -45,18 +45,36 @@ def at(volume: Volume, place: Place) -> Volume:
     )
 
 
+class OtherReach(Reach):
+    """Attaches the other place of a move to this machine. The ledger's attachments are of volumes; of this one the
+    migration's record tells, whose every end closes it."""
+
+    def attach_here(self, volume: Volume) -> None:
+        backend = self._backends.get(volume.backend)
+        driver = attacher(backend)
+        if driver is not None:
+            driver.attach(handle_of(volume), self.machine(backend, self._node))
+
+    def detach_here(self, volume: Volume) -> None:
+        backend = self._backends.get(volume.backend)
+        driver = attacher(backend)
+        if driver is not None and volume.handle is not None:
+            driver.detach(volume.handle, self.machine(backend, self._node))
+
+
 class OtherPlace:
     """The place of a move that is not the volume's own: its target before the commit point, its source after it.
     Present, if at all, in a folder of the move, never at the volume's path."""
 
-    def __init__(self, host: Host, workdir: Path, *, backends: Backends, mounts: Mounts, locks: KeyedLocks) -> None:
+    def __init__(self, core: Core, migration: Migration) -> None:
         """Makes the folder of the move."""
-        self.workdir = workdir
-        mounts_dir = workdir / "mounts"
+        self.workdir = core.settings.state_dir / "migrations" / migration.id
+        mounts_dir = self.workdir / "mounts"
         mounts_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._backends = backends
-        self._presence = Presence(host, mounts_dir)
-        self._provision = Provision(presence=self._presence, mounts=mounts, locks=locks)
+        self._backends = core.backends
+        reach = OtherReach(node=core.node, repository=core.repository, backends=core.backends)
+        self._presence = Presence(core.host, mounts_dir, reach)
+        self._provision = Provision(presence=self._presence, mounts=core.mounts, locks=core.locks)
 
     def make(self, volume: Volume, *, blank: bool) -> Place:
         """What `volume`, which says the other place, needs on its storage; made again it is the same."""
@@ -69,7 +87,7 @@ class OtherPlace:
         backend = self._backends.get(volume.backend)
         if path is MovePath.TREE:
             return backend.call(lambda: self._presence.establish(volume, backend.driver))
-        return backend.call(lambda: device_of(volume, backend))
+        return backend.call(lambda: device_of(volume, backend, self._presence))
 
     def close(self, volume: Volume) -> None:
         """Neither mounted nor mapped any more. Raises InUse."""
@@ -102,12 +120,12 @@ class OtherPlace:
             shutil.rmtree(self.workdir, ignore_errors=True)
 
 
-def device_of(volume: Volume, backend: Backend) -> Path:
-    """The volume's device, mapped. Raises NotSupported for storage that has none."""
+def device_of(volume: Volume, backend: Backend, presence: Presence) -> Path:
+    """The volume's device on this node. Raises NotSupported for storage that has none."""
     driver = backend.driver
     if not isinstance(driver, BlockDriver):
         raise NotSupported("has no devices", subject=f"backend {backend.name}")
-    return driver.map(handle_of(volume))
+    return presence.device(volume, driver)
 
 
 def source_and_target(migration: Migration, volume: Volume) -> tuple[Volume, Volume]:
