@@ -110,6 +110,8 @@ def _show_plan(session: Session, volume: str, plan: dict[str, Any]) -> None:
 def _time(seconds: float | None) -> str:
     if seconds is None:
         return "-"
+    if 0 < seconds < 1:
+        return f"{max(1, round(seconds * 1000))} ms"
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(int(seconds), 60)
@@ -281,8 +283,8 @@ def show(session: Session, reference: str) -> None:
             "pause": _time(found["pause"]) if found["pause"] is not None else "",
             "error": found["error"],
             "by": found["by"],
-            "kept until": found["kept_until"] if found["phase"] == "kept" else "",
-            "history": [f"{each['entered']} {each['phase']}" for each in found["phases"]],
+            "kept until": f"{found['kept_until'][:19]}Z" if found["phase"] == "kept" else "",
+            "history": [f"{each['entered'][:19]}Z {each['phase']}" for each in found["phases"]],
         },
     )
 

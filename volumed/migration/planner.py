@@ -14,6 +14,7 @@ from volumed.errors import BackendUnavailable, InvalidRequest, NotSupported, Out
 from volumed.host import filesystems
 from volumed.migration.losses import Census, Loss, of_tree
 from volumed.model import MigrationPhase, MovePath, Place, Snapshot, Volume, VolumeMode, new_volume_id
+from volumed.units import format_size
 
 # Until a move of the same kind was seen here: bytes a second, files a second. Of one ordinary local disk.
 BYTE_RATE = {MovePath.NATIVE: 1 << 30, MovePath.BLOCK: 400 << 20, MovePath.TREE: 150 << 20}
@@ -134,7 +135,9 @@ def shape_of(volume: Volume, target: Backend, wish: Wish, census: Census | None)
         raise OutOfRange(f"has {volume.size} bytes, and a device cannot shrink to {size}", subject=subject)
     if census is not None and size is not None and census.bytes * OVERHEAD > size:
         raise OutOfRange(
-            f"holds {census.bytes} bytes, which do not fit into {size}", subject=subject, hint="ask for a larger --size"
+            f"holds {format_size(census.bytes)}, which do not fit into {format_size(size)}",
+            subject=subject,
+            hint="ask for a larger --size",
         )
     same = (filesystem or None) == volume.filesystem
     return Place(
@@ -163,7 +166,9 @@ def losses_of(
         found += of_tree(census.used, target.driver.cannot_hold)
     if volume.size is not None and place.size is None:
         reason = target.lacking.get(Capability.SIZE, "the target enforces no sizes")
-        found.append(Loss(kind="size", text=f"its size of {volume.size} bytes is not enforced any more: {reason}"))
+        found.append(
+            Loss(kind="size", text=f"its size of {format_size(volume.size)} is not enforced any more: {reason}")
+        )
     if snapshots:
         names = ", ".join(snapshot.name for snapshot in snapshots)
         found.append(Loss(kind="snapshots", text=f"its snapshots stay behind and go with the source: {names}"))
