@@ -1,0 +1,56 @@
+"""Trees of files, copied entry by entry with everything a POSIX tree has. The work is done by a child process
+(`volumed.migration.tree`), which tracks what changes between rounds where the kernel can tell."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from volumed.migration.movers.mover import Control, Estimate, Mover, Round, Verified
+from volumed.migration.tree.session import Session
+
+# Of a file that changed: what the next round is expected to read. Sizes are known only by looking.
+_GUESS = 64 << 10
+
+
+class TreeMover(Mover):
+    def __init__(self, source: Path, target: Path, workdir: Path, *, losses: frozenset[str] = frozenset()) -> None:
+        """`losses`: words of `FilesystemDriver.cannot_hold` that the operator does without; what is named is neither
+        copied nor compared."""
+        super().__init__(source, target, workdir)
+        self._losses = losses
+        self._session: Session | None = None
+
+    def _child(self) -> Session:
+        if self._session is None:
+            self._session = Session(self.source, self.target, self.workdir, losses=self._losses)
+        return self._session
+
+    def estimate(self, control: Control) -> Estimate:
+        return Estimate(**self._child().order("estimate", control))
+
+    def watch(self) -> None:
+        self._child().order("watch", Control())
+
+    def round(self, control: Control, *, last: bool = False) -> Round:
+        begun = time.monotonic()
+        done = self._child().order("copy", control, last=last)
+        return Round(done["bytes"], done["files"] + done["removed"], time.monotonic() - begun)
+
+    def pending(self) -> Estimate | None:
+        names = self._child().order("pending", Control())
+        return None if names is None else Estimate(names * _GUESS, names)
+
+    def verify(self, control: Control) -> Verified:
+        told = self._child().order("compare", control)
+        return Verified(
+            digest=told["digest"],
+            differences=[f"{ascii(path)[1:-1] or '.'} {text}" for path, text in told["different"]],
+            bytes=told["bytes"],
+            files=told["files"],
+        )
+
+    def close(self) -> None:
+        if self._session is not None:
+            self._session.close()
+            self._session = None
