@@ -45,7 +45,8 @@ install: .cache/uv/bin/uv ## Install below PREFIX (/opt/volumed), with systemd u
 	@echo "Installed. Start it: systemctl enable --now volumed"
 
 uninstall: ## Take away what install made; volumes, ledger and settings stay
-	[ ! -d /run/systemd/system ] || systemctl disable --now volumed.service volumed-docker.socket volumed-admin.socket
+	[ -n "$(DESTDIR)" ] || [ ! -d /run/systemd/system ] || \
+	    systemctl disable --now volumed.service volumed-docker.socket volumed-admin.socket
 	rm -rf $(DESTDIR)$(PREFIX) $(DESTDIR)/usr/local/bin/volumed $(DESTDIR)/usr/local/bin/volumectl
 	rm -f $(DESTDIR)/etc/systemd/system/volumed{,-unmount}.service $(DESTDIR)/etc/systemd/system/volumed-{docker,admin}.socket
 	rm -f $(DESTDIR)/usr/lib/sysusers.d/volumed.conf $(DESTDIR)/usr/lib/tmpfiles.d/volumed.conf
