@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import pytest
 
 from tests.conftest import sh, wait_until
 from tests.harness.csi import calling, capability
-from tests.harness.docker import Docker, running_docker
+from tests.harness.docker import PLUGINS, Docker, running_docker
 from volumed.host.filesystems import has_capability
 
 pytestmark = [pytest.mark.root, pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -30,8 +31,12 @@ def docker() -> Iterator[Docker]:
 
 @pytest.fixture(scope="module")
 def rootfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bare system in it is made once for each version of the script."""
+    script = ROOT / "deploy" / "image" / "build-rootfs"
+    base = ROOT / ".cache" / "image" / f"{hashlib.sha256(script.read_bytes()).hexdigest()[:16]}.tar"
+    base.parent.mkdir(parents=True, exist_ok=True)
     folder = tmp_path_factory.mktemp("image") / "rootfs"
-    sh(ROOT / "deploy" / "image" / "build-rootfs", folder)
+    sh("env", f"BASE={base}", script, folder)
     return folder
 
 
@@ -83,11 +88,11 @@ def test_swarms_plugin(docker: Docker, rootfs: Path, state: Path, tmp_path: Path
     docker("plugin", "enable", name)
     try:
         plugin = docker("plugin", "inspect", "-f", "{{.Id}}", name)
-        (socket,) = docker.folder.glob(f"exec/**/plugins/{plugin}/volumed.sock") or [None]
-        if socket is None:
-            socket = Path(f"/run/docker/plugins/{plugin}/volumed.sock")
+        # Docker 20 has one place for all engines of a machine.
+        places = [folder / plugin / "volumed.sock" for folder in (PLUGINS, docker.folder / "exec" / "plugins")]
+        wait_until(lambda: any(place.exists() for place in places))
+        socket = next(place for place in places if place.exists())
         published = docker.folder / "data" / "plugins" / plugin / "propagated-mount"
-        wait_until(socket.exists)
         with calling(socket) as caller:
             info = caller.NodeGetInfo(timeout=60)
             used = capability()
