@@ -62,6 +62,7 @@ class _Channel:
                 time.sleep(0.005)
         self._ids = itertools.count(1)
         self._answers: dict[int, dict[str, Any]] = {}
+        self._events: list[dict[str, Any]] = []
         self._arrived = threading.Condition()
         self._closed = False
         threading.Thread(target=self._read, daemon=True).start()
@@ -71,10 +72,12 @@ class _Channel:
             for line in lines:
                 with contextlib.suppress(ValueError):
                     answer = json.loads(line)
-                    if "id" in answer:
-                        with self._arrived:
+                    with self._arrived:
+                        if "id" in answer:
                             self._answers[answer["id"]] = answer
-                            self._arrived.notify_all()
+                        else:
+                            self._events.append(answer)
+                        self._arrived.notify_all()
         with self._arrived:
             self._closed = True
             self._arrived.notify_all()
@@ -89,6 +92,15 @@ class _Channel:
                 raise MachineError("the machine is gone")
             return self._answers.pop(number)
 
+    def wait_for_event(self, name: str, *, timeout: float, **data: Any) -> None:
+        def come() -> bool:
+            told = [event for event in self._events if event.get("event") == name]
+            return self._closed or any(data.items() <= event.get("data", {}).items() for event in told)
+
+        with self._arrived:
+            if not self._arrived.wait_for(come, timeout):
+                raise TimeoutError(f"no event {name} {data}")
+
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
@@ -100,6 +112,8 @@ class Machine:
         self.folder = folder
         self._image = image
         self._disks: list[str] = []
+        self._plugged: dict[str, str] = {}  # devices by their disk's serial number
+        self._plugs = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._agent: _Channel | None = None
         self._monitor: _Channel | None = None
@@ -308,6 +322,39 @@ class Machine:
         file = {"driver": "file", "filename": str(self.folder / f"{serial}.raw"), "discard": "unmap"}
         self.monitor("blockdev-add", driver="raw", **{"node-name": serial, "discard": "unmap", "file": file})
         self.monitor("device_add", driver="virtio-blk-pci", id=f"d-{serial}", drive=serial, serial=serial)
+
+    def plug_file(self, serial: str, file: Path, *, model: str = "virtio-blk-pci") -> None:
+        """A disk that somebody else keeps the file of. `model`: nvme, too."""
+        backing = {"driver": "file", "filename": str(file), "discard": "unmap"}
+        self.monitor("blockdev-add", driver="raw", **{"node-name": serial, "discard": "unmap", "file": backing})
+        self._plugs += 1
+        self._plugged[serial] = f"d{self._plugs}-{serial}"
+        self.monitor("device_add", driver=model, id=self._plugged[serial], drive=serial, serial=serial)
+
+    def unplug(self, serial: str) -> None:
+        """As a hand that pulls it: the guest is not asked whether it is done."""
+        device = self._plugged.pop(serial)
+        self.monitor("device_del", id=device)
+        assert self._monitor is not None
+        self._monitor.wait_for_event("DEVICE_DELETED", device=device, timeout=60)
+        self.monitor("blockdev-del", **{"node-name": serial})
+
+    def resize(self, serial: str, size: int) -> None:
+        self.monitor("block_resize", **{"node-name": serial, "size": size})
+
+    def network(self) -> str:
+        """A network card; the address that stands for the host's loopback there."""
+        self.monitor("netdev_add", type="user", id="net", net="10.0.2.0/24", host="10.0.2.2")
+        self.monitor("device_add", driver="virtio-net-pci", id="card", netdev="net")
+        self.sh(
+            """
+            card() { ls /sys/class/net | grep -v lo | head -1; }
+            for i in $(seq 200); do [ -n "$(card)" ] && break; sleep 0.1; done
+            udevadm settle; card=$(card)
+            ip link set "$card" up; ip address add 10.0.2.15/24 dev "$card"
+            """
+        )
+        return "10.0.2.2"
 
     def monitor(self, command: str, **arguments: Any) -> Any:
         assert self._monitor is not None

@@ -1,0 +1,93 @@
+"""`ebs` with real disks: EC2 as it behaves, on the host, and what it attaches is plugged into the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness.ec2 import KEYS, Ec2Server, Hardware, ec2_server
+from tests.vm.machine import Machine
+from volumed.units import GIB
+
+pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.timeout(1200)]
+
+
+class Plugged(Hardware):
+    """A sparse file for each disk and each snapshot; the machine has those that are attached."""
+
+    def __init__(self, folder: Path, machine: Machine, model: str) -> None:
+        self._folder, self._machine, self._model = folder, machine, model
+        self.plugged: set[str] = set()
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{name}.raw"
+
+    def made(self, disk: str, size: int, snapshot: str) -> None:
+        if snapshot:
+            _copy(self._file(snapshot), self._file(disk))
+        with self._file(disk).open("ab") as file:
+            file.truncate(size * GIB)
+
+    def stored(self, disk: str, snapshot: str) -> None:
+        _copy(self._file(disk), self._file(snapshot))
+
+    def deleted(self, disk: str) -> None:
+        self._file(disk).unlink()
+
+    def attached(self, disk: str, machine: str, name: str) -> None:
+        self._machine.plug_file(disk.replace("-", ""), self._file(disk), model=self._model)
+        self.plugged.add(disk)
+
+    def detached(self, disk: str, machine: str, *, force: bool) -> None:
+        if disk in self.plugged:
+            self._machine.unplug(disk.replace("-", ""))
+        self.plugged.discard(disk)
+
+    def grown(self, disk: str, size: int) -> None:
+        with self._file(disk).open("ab") as file:
+            file.truncate(size * GIB)
+        if disk in self.plugged:
+            self._machine.resize(disk.replace("-", ""), size * GIB)
+
+
+def _copy(source: Path, target: Path) -> None:
+    subprocess.run(["cp", "--sparse=always", source, target], check=True)
+
+
+@contextlib.contextmanager
+def cloud(guest: Machine, folder: Path, model: str = "virtio-blk-pci") -> Iterator[tuple[Ec2Server, dict[str, str]]]:
+    """EC2 with the machine as its instance, and what a program in there needs to know."""
+    with ec2_server(Plugged(folder, guest, model)) as ec2:
+        host = guest.network()
+        key, secret = next(iter(KEYS.items()))
+        yield ec2, {"VOLUMED_EC2": ec2.url.replace("127.0.0.1", host), "EC2_KEY": key, "EC2_SECRET": secret}
+
+
+def run_suite(guest: Machine, environment: dict[str, str], *words: str) -> None:
+    told = guest.run(
+        *("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--confcutdir=/root/volumed", "--timeout=300"),
+        *("-c", "/root/volumed/pyproject.toml", "--rootdir=/root/volumed"),
+        *("/root/volumed/tests/vm/guest/test_ebs.py", *words),
+        timeout=1100,
+        PYTHONPATH="/root/volumed:/root/volumed/drivers",
+        PYTHONDONTWRITEBYTECODE="1",
+        **environment,
+    )
+    print(told.text)
+    assert told.status == 0
+    assert " passed" in told.text
+
+
+def test_the_suite_of_all_drivers(guest: Machine, tmp_path: Path) -> None:
+    with cloud(guest, tmp_path) as (ec2, environment):
+        ec2.layer.manners.delay = 0.3
+        run_suite(guest, environment, "-k", "TestEbsDriver", "--durations=5")
+
+
+def test_disks_as_nitro_instances_have_them(guest: Machine, tmp_path: Path) -> None:
+    with cloud(guest, tmp_path, "nvme") as (_, environment):
+        run_suite(guest, environment, "-k", "nitro")
