@@ -263,6 +263,7 @@ class OperationKind(enum.StrEnum):
     SNAPSHOT_DELETE = "snapshot-delete"
     SNAPSHOT_RESTORE = "snapshot-restore"
     MODIFY = "modify"
+    IMPORT = "import"
 
 
 class Operation(Record, frozen=True, kw_only=True, omit_defaults=True):

@@ -31,17 +31,20 @@ from volumed.driver import (
     SupportsClone,
     SupportsExpand,
     SupportsGroupSnapshots,
+    SupportsImport,
     SupportsModify,
     VolumeSpec,
 )
-from volumed.errors import BackendUnavailable, CommandFailed, MountFailed, NotFound, OutOfRange
+from volumed.errors import BackendUnavailable, CommandFailed, InvalidRequest, MountFailed, NotFound, OutOfRange
 from volumed.model import Handle, SnapshotId, VolumeId
 from volumed.testing import crash
-from volumed_drivers.folders import capacity_of, make_folder, read_mark, write_mark
+from volumed_drivers.folders import capacity_of, make_folder, read_mark, stranger, strangers, write_mark
 
 _VOLUME = re.compile(r"(v[0-9a-f]{32})(\.new|\.old)?")
 _SNAPSHOT = re.compile(r"s[0-9a-f]{32}")
+_OURS = re.compile(rf"{_VOLUME.pattern}|{_SNAPSHOT.pattern}")
 _MAGIC = "btrfs"
+_ROOT_INODE = 256  # of every subvolume (BTRFS_FIRST_FREE_OBJECTID)
 MINIMUM_SIZE = 16 * 4096  # a qgroup counts whole nodes of metadata; below this not even a file fits
 
 
@@ -56,7 +59,13 @@ class BtrfsVolumeOptions(Options):
 
 
 class BtrfsDriver(
-    FilesystemDriver, SupportsExpand, SupportsGroupSnapshots, SupportsModify, SupportsClone, SupportsCapacity
+    FilesystemDriver,
+    SupportsExpand,
+    SupportsGroupSnapshots,
+    SupportsModify,
+    SupportsClone,
+    SupportsCapacity,
+    SupportsImport,
 ):
     BackendOptions = BtrfsOptions
     VolumeOptions = BtrfsVolumeOptions
@@ -164,6 +173,21 @@ class BtrfsDriver(
         there = any((self._path / f"{volume_id}{end}").exists() for end in ("", ".new", ".old"))
         return Handle(volume_id) if there else None
 
+    def importable(self) -> Iterable[str]:
+        return [found.name for found in strangers(self._path, _OURS) if _is_subvolume(found)]
+
+    def adopt(self, reference: str, spec: VolumeSpec) -> CreatedVolume:
+        subvolume = self._path / spec.id
+        if not subvolume.exists():
+            found = stranger(self._path, reference, _OURS, backend=self.backend)
+            if not _is_subvolume(found):
+                raise InvalidRequest(f"{found} is not a subvolume", subject=f"backend {self.backend}")
+            self._btrfs("property", "set", "-f", "-t", "subvol", found, "ro", "false")
+            found.rename(subvolume)
+            crash.point("btrfs.adopt.renamed")
+        self._finish(subvolume, spec)
+        return CreatedVolume(Handle(spec.id), self.inspect(Handle(spec.id)).size)
+
     def mount(self, handle: Handle, target: Path, *, options: Sequence[str], readonly: bool) -> None:
         subvolume = self._path / handle
         try:
@@ -248,3 +272,7 @@ class BtrfsDriver(
 
     def _btrfs(self, *words: str | Path) -> str:
         return self.host.run(["btrfs", *words], timeout=300.0).stdout
+
+
+def _is_subvolume(path: Path) -> bool:
+    return path.is_dir() and path.stat().st_ino == _ROOT_INODE

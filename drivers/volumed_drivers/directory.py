@@ -34,12 +34,13 @@ from volumed.driver import (
     Probe,
     SupportsCapacity,
     SupportsExpand,
+    SupportsImport,
     VolumeSpec,
 )
-from volumed.errors import MountFailed, NotFound, NotSupported
+from volumed.errors import InvalidRequest, MountFailed, NotFound, NotSupported
 from volumed.model import Handle, VolumeId
 from volumed.testing import crash
-from volumed_drivers.folders import capacity_of, make_folder, parse_mark, sync_folder
+from volumed_drivers.folders import capacity_of, make_folder, parse_mark, stranger, strangers, sync_folder
 
 _VOLUME_ID = re.compile(r"v[0-9a-f]{32}")
 _NEW, _TRASH = ".new-", ".trash-"
@@ -57,7 +58,7 @@ class DirectoryOptions(Options):
     )
 
 
-class DirectoryDriver(FilesystemDriver, SupportsExpand, SupportsCapacity):
+class DirectoryDriver(FilesystemDriver, SupportsExpand, SupportsCapacity, SupportsImport):
     BackendOptions = DirectoryOptions
     capabilities: ClassVar[frozenset[Capability]] = frozenset({Capability.SIZE, Capability.MULTI_NODE})
 
@@ -100,15 +101,35 @@ class DirectoryDriver(FilesystemDriver, SupportsExpand, SupportsCapacity):
             data = new / "data"
             data.mkdir(exist_ok=True)
             data.chmod(0o755)  # whatever the umask says: users of a container must get in
-            if spec.mark:
-                (new / "mark").write_text(json.dumps(dict(spec.mark)))
             if spec.size is not None and self._quota:
                 self._bound(new, spec.size)
             crash.point("directory.create.data")
-            # Whole from one instant on; and as the last change is the parent's, one sync of it covers all before.
-            new.rename(folder)
-            sync_folder(self._path)
+            self._publish(new, folder, spec)
         return CreatedVolume(Handle(spec.id), spec.size)
+
+    def _publish(self, new: Path, folder: Path, spec: VolumeSpec) -> None:
+        """Whole from one instant on; and as the last change is the parent's, one sync of it covers all before."""
+        if spec.mark:
+            (new / "mark").write_text(json.dumps(dict(spec.mark)))
+        new.rename(folder)
+        sync_folder(self._path)
+
+    def importable(self) -> Iterable[str]:
+        return [found.name for found in strangers(self._path, _VOLUME_ID) if found.is_dir()]
+
+    def adopt(self, reference: str, spec: VolumeSpec) -> CreatedVolume:
+        folder, new = self._path / spec.id, self._path / f"{_NEW}{spec.id}"
+        if not folder.exists():
+            if not (new / "data").exists():
+                found = stranger(self._path, reference, _VOLUME_ID, backend=self.backend)
+                if not found.is_dir():
+                    raise InvalidRequest(f"{found} is not a folder", subject=f"backend {self.backend}")
+                new.mkdir(mode=0o700, exist_ok=True)
+                crash.point("directory.adopt.folder")
+                found.rename(new / "data")
+                crash.point("directory.adopt.moved")
+            self._publish(new, folder, spec)
+        return CreatedVolume(Handle(spec.id), None)
 
     def _bound(self, folder: Path, size: int) -> None:
         with self._projects:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from volumed.driver import Capacity
-from volumed.errors import BackendUnavailable
+from volumed.errors import BackendUnavailable, InvalidRequest, NotFound
 
 
 def make_folder(path: Path, *, mode: int, backend: str) -> None:
@@ -27,6 +28,27 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def strangers(path: Path, ours: re.Pattern[str]) -> Iterator[Path]:
+    """What somebody else put into the backend's folder, in the order of the names."""
+    with os.scandir(path) as entries:
+        names = sorted(entry.name for entry in entries if not entry.is_symlink())
+    for name in names:
+        if not name.startswith(".") and ours.fullmatch(name) is None:
+            yield path / name
+
+
+def stranger(path: Path, reference: str, ours: re.Pattern[str], *, backend: str) -> Path:
+    """The one of this name. Raises NotFound, and InvalidRequest for what is no plain name."""
+    found = path / reference
+    if found.parent != path or "/" in reference:
+        raise InvalidRequest(
+            f"{reference[:200]!r} is not a name in {path}", subject=f"backend {backend}", hint="move it there first"
+        )
+    if found not in set(strangers(path, ours)):
+        raise NotFound(f"there is nothing to import of the name {reference[:200]!r}", subject=f"backend {backend}")
+    return found
 
 
 _MARK = "trusted.volumed.mark"  # shown to nobody without CAP_SYS_ADMIN (xattr(7)): no container can forge it

@@ -39,15 +39,34 @@ from volumed.driver import (
     SupportsClone,
     SupportsExpand,
     SupportsGroupSnapshots,
+    SupportsImport,
     VolumeSpec,
 )
-from volumed.errors import BackendError, BackendUnavailable, CapacityExhausted, NotFound, NotSupported, OutOfRange
+from volumed.errors import (
+    BackendError,
+    BackendUnavailable,
+    CapacityExhausted,
+    InUse,
+    InvalidRequest,
+    NotFound,
+    NotSupported,
+    OutOfRange,
+)
 from volumed.model import Handle, SnapshotId, VolumeId
 from volumed.testing import crash
-from volumed_drivers.folders import capacity_of, make_folder, read_mark, sync_folder, write_mark
+from volumed_drivers.folders import (
+    capacity_of,
+    make_folder,
+    read_mark,
+    stranger,
+    strangers,
+    sync_folder,
+    write_mark,
+)
 
 _VOLUME = re.compile(r"(v[0-9a-f]{32})\.img(\.new)?")
 _SNAPSHOT = re.compile(r"(s[0-9a-f]{32})\.snap(\.new)?")
+_OURS = re.compile(rf"{_VOLUME.pattern}|{_SNAPSHOT.pattern}")
 ALIGNMENT = 4096  # loop devices with direct I/O count in the sectors below them
 MAX_SIZE = 2**63 - ALIGNMENT  # loff_t; the file system may draw the line earlier, and says so
 COPY_TIMEOUT = 580.0
@@ -67,7 +86,13 @@ class ImageVolumeOptions(Options):
 
 
 class ImageDriver(
-    BlockDriver, SupportsExpand, SupportsGroupSnapshots, SupportsChangedBlocks, SupportsClone, SupportsCapacity
+    BlockDriver,
+    SupportsExpand,
+    SupportsGroupSnapshots,
+    SupportsChangedBlocks,
+    SupportsClone,
+    SupportsCapacity,
+    SupportsImport,
 ):
     BackendOptions = ImageOptions
     VolumeOptions = ImageVolumeOptions
@@ -189,6 +214,32 @@ class ImageDriver(
     def _ids(self, pattern: re.Pattern[str]) -> set[str]:
         names = os.listdir(self._path)  # noqa: PTH208 (names are enough)
         return {match[1] for name in names if (match := pattern.fullmatch(name))}
+
+    def importable(self) -> Iterable[str]:
+        return [found.name for found in strangers(self._path, _OURS) if found.is_file()]
+
+    def adopt(self, reference: str, spec: VolumeSpec) -> CreatedVolume:
+        """A raw image; one that ends within a block is filled up to its end."""
+        image = self._image(Handle(spec.id))
+        if not image.exists():
+            found = stranger(self._path, reference, _OURS, backend=self.backend)
+            size = found.stat().st_size if found.is_file() else 0
+            if size == 0 or found.open("rb").read(4) == b"QFI\xfb":
+                raise InvalidRequest(
+                    f"{found} is no raw image",
+                    subject=f"backend {self.backend}",
+                    hint="make one of it: qemu-img convert -O raw",
+                )
+            if self.host.find_loop(found) is not None:
+                raise InUse("has a loop device", subject=str(found), hint=f"see losetup --associated {found}")
+            with self._explained(size), found.open("r+b") as opened:
+                os.fchmod(opened.fileno(), 0o600)
+                opened.truncate(self._aligned(size))
+                write_mark(opened.fileno(), spec.mark)
+                os.fsync(opened.fileno())
+            crash.point("image.adopt.marked")
+            self._publish(found, image)
+        return CreatedVolume(Handle(spec.id), image.stat().st_size)
 
     # Devices
     def map(self, handle: Handle) -> Path:

@@ -32,6 +32,7 @@ from volumed.driver import (
     SupportsClone,
     SupportsExpand,
     SupportsGroupSnapshots,
+    SupportsImport,
     VolumeSpec,
 )
 from volumed.errors import BackendUnavailable, CapacityExhausted, CommandFailed, InUse, NotFound, OutOfRange
@@ -42,6 +43,7 @@ TAG = "volumed"
 _MARK = f"{TAG}:"
 _VOLUME = re.compile(r"(v[0-9a-f]{32})(_new|_old)?")
 _SNAPSHOT = re.compile(r"s[0-9a-f]{32}")
+_OURS = re.compile(rf"{_VOLUME.pattern}|{_SNAPSHOT.pattern}")
 MAX_SIZE = 16 << 50  # lvm(8): with 4 MiB extents
 
 
@@ -58,9 +60,10 @@ class _Volume(NamedTuple):
     data_percent: float
     active: bool
     tags: tuple[str, ...]
+    pool: str
 
 
-class LvmDriver(BlockDriver, SupportsExpand, SupportsGroupSnapshots, SupportsClone, SupportsCapacity):
+class LvmDriver(BlockDriver, SupportsExpand, SupportsGroupSnapshots, SupportsClone, SupportsCapacity, SupportsImport):
     BackendOptions = LvmOptions
     capabilities: ClassVar[frozenset[Capability]] = frozenset(
         {Capability.SIZE, Capability.SNAPSHOT_LIVE, Capability.CLONE_LIVE}
@@ -138,6 +141,30 @@ class LvmDriver(BlockDriver, SupportsExpand, SupportsGroupSnapshots, SupportsClo
             volume = there.get(volume_id)
             mark = _marked(volume.tags) if volume else {}
             yield Found(Handle(volume_id), VolumeId(volume_id), mark, whole=volume is not None)
+
+    def importable(self) -> Iterable[str]:
+        return [name for name, found in self._report(self._vg).items() if self._is_strange(name, found)]
+
+    def _is_strange(self, name: str, found: _Volume) -> bool:
+        return found.pool == self._pool and not _OURS.fullmatch(name)
+
+    def adopt(self, reference: str, spec: VolumeSpec) -> CreatedVolume:
+        """A thin logical volume of the pool."""
+        there = self._report(self._vg)
+        if spec.id not in there:
+            found = there.get(reference)
+            if found is None or not self._is_strange(reference, found):
+                raise NotFound(
+                    f"there is nothing to import of the name {reference[:200]!r}", subject=f"backend {self.backend}"
+                )
+            if found.active:
+                self.host.check_unheld(self._device(Handle(reference)))
+                self._deactivate(reference)
+            stale = [word for tag in found.tags if tag.startswith(_MARK) for word in ("--deltag", tag)]
+            self._lvm("lvchange", "--setactivationskip", "n", *stale, *_tagged(spec.mark), f"{self._vg}/{reference}")
+            crash.point("lvm.adopt.tagged")
+            self._lvm("lvrename", self._vg, reference, spec.id)
+        return CreatedVolume(Handle(spec.id), self._there(Handle(spec.id)).size)
 
     # Devices
     def map(self, handle: Handle) -> Path:
@@ -252,7 +279,7 @@ class LvmDriver(BlockDriver, SupportsExpand, SupportsGroupSnapshots, SupportsClo
 
     def _report(self, *what: str) -> dict[str, _Volume]:
         """Logical volumes of our group, by name."""
-        columns = "vg_name,lv_name,lv_size,data_percent,lv_active,lv_tags"
+        columns = "vg_name,lv_name,lv_size,data_percent,lv_active,lv_tags,pool_lv"
         told = self._lvm("lvs", "--reportformat", "json", "--units", "b", "--nosuffix", "--options", columns, *what)
         rows = json.loads(told)["report"][0]["lv"]
         return {
@@ -261,6 +288,7 @@ class LvmDriver(BlockDriver, SupportsExpand, SupportsGroupSnapshots, SupportsClo
                 data_percent=float(row["data_percent"] or 0),
                 active=row["lv_active"] == "active",
                 tags=tuple(row["lv_tags"].split(",")),
+                pool=row["pool_lv"],
             )
             for row in rows
             if row["vg_name"] == self._vg

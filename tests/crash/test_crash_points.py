@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import MakeFilesystem, wait_until
+from tests.conftest import MakeFilesystem, sh, wait_until
 from tests.crash.killing import CSI_AREAS, assert_agree, crash_points, live_through
 from tests.crash.test_csi_crash_points import CASES as CSI_CASES
 from tests.harness.attached import installed
@@ -88,6 +88,7 @@ class Life:
         self._machines = backend == "attached"
 
     def steps(self) -> list[Callable[[], None]]:
+        imported = [self._import, lambda: self._remove("adopted")]
         plain = [self._create, self._mount, lambda: self._write(b"then"), self._unmount]
         copies = [
             lambda: self._snapshot("cold"),
@@ -110,7 +111,7 @@ class Life:
         return [
             *plain,
             *(copies if self._copies else []),
-            *(machines if self._machines else []),
+            *(machines if self._machines else imported),
             lambda: self._remove("data"),
         ]
 
@@ -175,6 +176,34 @@ class Life:
         except ApiError as error:
             if error.code != "not_found":
                 raise
+
+    def _import(self) -> None:
+        """Something that somebody put into the backend's folder; unless it is a volume already."""
+        volumed = self._volumed
+        if all(volume["name"] != "adopted" for volume in volumed.api.get("volumes")["volumes"]):
+            stranger = Path(volumed.api.get("backends", self._backend)["facts"]["path"]) / "stranger"
+            if not stranger.exists():
+                self._make_stranger(stranger)
+            body = {"backend": self._backend, "reference": "stranger", "name": "adopted"}
+            volumed.api.post("imports", body=body)
+        self._ok("Mount", Name="adopted", ID="look")
+        assert (self._tree("adopted") / "file").read_bytes() == b"old"
+        self._ok("Unmount", Name="adopted", ID="look")
+
+    def _make_stranger(self, path: Path) -> None:
+        if self._backend == "shared":
+            with path.open("wb") as file:
+                file.truncate(64 << 20)
+            source = self._volumed.folder / "source"
+            source.mkdir(exist_ok=True)
+            (source / "file").write_bytes(b"old")
+            sh("mkfs.ext4", "-q", "-d", source, path)
+            return
+        if self._backend == "tree":
+            sh("btrfs", "subvolume", "create", path)
+        else:
+            path.mkdir()
+        (path / "file").write_bytes(b"old")
 
     def _take_over(self) -> None:
         """From a machine that somebody attached it to by hand."""

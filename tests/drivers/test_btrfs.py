@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import MakeFilesystem, sh
-from volumed.driver import VolumeSpec
+from volumed.driver import Driver, VolumeSpec
 from volumed.errors import BackendUnavailable, OutOfRange
 from volumed.host.linux import LinuxHost
 from volumed.model import VolumeMode, new_volume_id
@@ -23,6 +23,11 @@ class TestBtrfsDriver(DriverConformance):
     def make_driver(self, make_filesystem: MakeFilesystem) -> MakeDriver:
         path = make_filesystem("btrfs")
         return lambda: BtrfsDriver("tree", BtrfsOptions(path=path / "volumes"), LinuxHost())
+
+    def make_stranger(self, driver: Driver, name: str) -> None:
+        assert isinstance(driver, BtrfsDriver)
+        sh("btrfs", "subvolume", "create", driver._path / name)
+        (driver._path / name / "file").write_bytes(b"old")
 
 
 @pytest.fixture

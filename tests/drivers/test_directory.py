@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from volumed.driver import Capability, VolumeSpec
+from volumed.driver import Capability, Driver, VolumeSpec
 from volumed.errors import BackendUnavailable, NotSupported
 from volumed.host.linux import LinuxHost
 from volumed.model import VolumeMode, new_volume_id
@@ -26,6 +26,12 @@ class TestDirectoryDriver(DriverConformance):
     @pytest.fixture
     def make_driver(self, tmp_path: Path) -> MakeDriver:
         return lambda: DirectoryDriver("folders", DirectoryOptions(path=tmp_path / "volumes"), LinuxHost())
+
+    def make_stranger(self, driver: Driver, name: str) -> None:
+        assert isinstance(driver, DirectoryDriver)
+        folder = driver._path / name
+        folder.mkdir()
+        (folder / "file").write_bytes(b"old")
 
 
 def spec(size: int | None = None) -> VolumeSpec:

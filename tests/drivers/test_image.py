@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import MakeFilesystem, wait_until
-from volumed.driver import Capability, VolumeSpec
+from volumed.driver import Capability, Driver, VolumeSpec
 from volumed.errors import CapacityExhausted, OutOfRange
 from volumed.host.linux import LinuxHost
 from volumed.model import VolumeId, VolumeMode, new_snapshot_id, new_volume_id
@@ -31,14 +31,20 @@ def spec(size: int, *, preallocate: bool | None = None, volume_id: VolumeId | No
     return VolumeSpec(volume_id or new_volume_id(), size, VolumeMode.BLOCK, options)
 
 
-class TestOnExt4(DriverConformance):
+class ImageConformance(DriverConformance):
+    def make_stranger(self, driver: Driver, name: str) -> None:
+        assert isinstance(driver, ImageDriver)
+        (driver._path / name).write_bytes(b"old".ljust(16 * MIB - 100, b"\0"))  # ends within a block
+
+
+class TestOnExt4(ImageConformance):
     @pytest.fixture
     def make_driver(self, tmp_path: Path) -> MakeDriver:
         return lambda: ImageDriver("files", ImageOptions(path=tmp_path / "images"), LinuxHost())
 
 
 @pytest.mark.parametrize("kind", ["xfs", "btrfs"])
-class TestWithReflinks(DriverConformance):
+class TestWithReflinks(ImageConformance):
     @pytest.fixture
     def make_driver(self, make_filesystem: MakeFilesystem, kind: str) -> MakeDriver:
         path = make_filesystem(kind)

@@ -28,6 +28,13 @@ class MemoryConformance(DriverConformance):
         host = FakeHost()
         return lambda: self.driver_class("memory", MemoryOptions(), host, storage)
 
+    def make_stranger(self, driver: Driver, name: str) -> None:
+        assert isinstance(driver, MemoryDriver)
+        tree = driver.storage.folder / name
+        tree.mkdir()
+        (tree / "file").write_bytes(b"old")
+        driver.storage.strangers[name] = tree
+
     def _see(self, driver: Driver, target: Path) -> Path:
         assert isinstance(driver.host, FakeHost)
         return driver.host.source_of(target)

@@ -240,3 +240,31 @@ def test_classes_and_the_room_of_backends(tmp_path: Path) -> None:
         assert 0 < local["capacity"]["available"] <= local["capacity"]["total"]
         assert local["since"]
         volumed.ctl("rm", "-y", "data")
+
+
+def test_import_and_rebuild(volumed: Volumed) -> None:
+    (volumed.folder / "volumes").mkdir(exist_ok=True)
+    (volumed.folder / "volumes" / "photos").mkdir()
+    (volumed.folder / "volumes" / "photos" / "file").write_text("old")
+    image = volumed.folder / "images" / "disk.raw"
+    image.write_bytes(bytes(1 << 20))
+    assert as_json(volumed, "import", "--list", "local") == ["photos"]
+    assert volumed.ctl("import", "local", "photos", "--name", "pictures").stdout == "pictures\n"
+    raw = volumed.ctl("import", "sized", "disk.raw", "--name", "disk")
+    assert "it is a raw device" in raw.stderr
+    assert as_json(volumed, "inspect", "disk")["mode"] == "block"
+    assert volumed.ctl("import", "local", check=False).returncode == 2
+    volumed.ctl("create", "ext", "--size", "32m")
+    ids = {volume["name"]: volume["id"] for volume in volumed.api.get("volumes")["volumes"]}
+    volumed.stop()
+    (volumed.state / "ledger.db").rename(volumed.state / "lost.db")
+    for path in volumed.state.glob("ledger.db-*"):
+        path.unlink()
+    volumed.start()
+    shown = volumed.ctl("import", "--rebuild", "--dry-run").stdout
+    assert "3 would be recreated" in shown
+    assert volumed.api.get("volumes")["volumes"] == []
+    assert "3 recreated" in volumed.ctl("import", "--rebuild", "--yes").stdout
+    assert {volume["name"]: volume["id"] for volume in volumed.api.get("volumes")["volumes"]} == ids
+    assert volumed.plugin("Mount", Name="ext", ID="x").error == ""
+    assert volumed.plugin("Unmount", Name="ext", ID="x").error == ""

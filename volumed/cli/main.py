@@ -14,6 +14,7 @@ from volumed.cli.bindings import ps, what, who
 from volumed.cli.client import DEFAULT_SOCKET, ApiError, Client
 from volumed.cli.exit_codes import EXIT_CODES
 from volumed.cli.health import completion, doctor, events, version
+from volumed.cli.imports import import_
 from volumed.cli.migration import migrate, migration
 from volumed.cli.output import Output, clean
 from volumed.cli.session import Session
@@ -38,7 +39,7 @@ def cli(context: click.Context, socket: Path, output: str) -> None:
 
 
 for command in (
-    *(create, clone, ls, inspect, df, expand, rm),
+    *(create, import_, clone, ls, inspect, df, expand, rm),
     *(snapshot, migrate, migration, who, what, ps, takeover),
     *(backend, placement_class, driver, events, doctor, version, completion),
 ):

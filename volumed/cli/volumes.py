@@ -29,7 +29,7 @@ def _octal(_: click.Context, param: click.Parameter, value: str | None) -> int |
     return mode
 
 
-def _pairs(_: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+def read_pairs(_: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     pairs: dict[str, str] = {}
     for value in values:
         key, equals, rest = value.partition("=")
@@ -52,8 +52,10 @@ def _pairs(_: click.Context, param: click.Parameter, values: tuple[str, ...]) ->
 @click.option("--gid", type=click.IntRange(0, 2**32 - 2), help="Group of the root.")
 @click.option("--mode", metavar="OCTAL", callback=_octal, help="Permissions of the root, as 0750.")
 @click.option("--from", "source", default="", help="VOLUME to clone, or VOLUME@SNAPSHOT.")
-@click.option("--label", "labels", multiple=True, callback=_pairs, metavar="KEY=VALUE")
-@click.option("--opt", "options", multiple=True, callback=_pairs, metavar="KEY=VALUE", help="The driver's own option.")
+@click.option("--label", "labels", multiple=True, callback=read_pairs, metavar="KEY=VALUE")
+@click.option(
+    "--opt", "options", multiple=True, callback=read_pairs, metavar="KEY=VALUE", help="The driver's own option."
+)
 @pass_session
 def create(
     session: Session,

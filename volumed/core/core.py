@@ -23,6 +23,7 @@ from volumed.core.events import Events
 from volumed.core.groups import GroupSnapshots
 from volumed.core.health import Health
 from volumed.core.helpers import HelperWatch
+from volumed.core.imports import Imports
 from volumed.core.journal import Journal
 from volumed.core.locks import KeyedLocks
 from volumed.core.metrics import Metrics
@@ -161,6 +162,15 @@ class Core:
             locks=locks,
             events=self.events,
             grace=settings.consumer_grace,
+        )
+        self.imports = Imports(
+            repository=self.repository,
+            backends=self.backends,
+            presence=presence,
+            journal=self.journal,
+            provision=provision,
+            locks=locks,
+            events=self.events,
         )
         self.takeovers = Takeovers(
             node=self.node,

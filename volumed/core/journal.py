@@ -62,6 +62,7 @@ class Journal:
             OperationKind.SNAPSHOT_DELETE: self._finish_snapshot_delete,
             OperationKind.SNAPSHOT_RESTORE: self._finish_restore,
             OperationKind.MODIFY: self._undo_modify,
+            OperationKind.IMPORT: self._settle_import,
         }
 
     @contextlib.contextmanager
@@ -237,6 +238,17 @@ class Journal:
         """The storage as the ledger still says: nobody was told of anything else."""
         self._provision.modify(volume, backend)
         with self._repository.transaction() as transaction:
+            transaction.delete(operation)
+
+    def _settle_import(self, operation: Operation, volume: Volume, backend: Backend) -> None:
+        """Finish it once the storage has begun: what was there before us must not go with us. Else forget it."""
+        begun = backend.driver.find(volume.id) is not None
+        adopted = self._provision.adopt(volume, backend, operation.options["reference"]) if begun else None
+        with self._repository.transaction() as transaction:
+            if adopted is not None:
+                transaction.put(adopted)
+            else:
+                transaction.delete(volume)
             transaction.delete(operation)
 
     def _snapshot(self, operation: Operation) -> Snapshot | None:

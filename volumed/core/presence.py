@@ -11,7 +11,7 @@ import enum
 import errno
 import os
 import threading
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -216,6 +216,19 @@ class Presence:
         """On this node, with nothing mounted; `remove` takes it away."""
         self._reach.attach_here(volume)
         return driver.map(handle_of(volume))
+
+    @contextlib.contextmanager
+    def looked_at(self, volume: Volume, driver: BlockDriver) -> Iterator[Path]:
+        """Its device on this node for a moment, and afterwards as it was."""
+        there = driver.mapped(handle_of(volume))
+        if there is not None:
+            yield there
+            return
+        try:
+            yield self._device(volume, driver)
+        finally:
+            driver.unmap(handle_of(volume))
+            self._reach.detach_here(volume)
 
     def format(self, volume: Volume, driver: BlockDriver) -> None:
         """A new file system on a new volume, and the root of its tree as it was asked for."""

@@ -23,6 +23,7 @@ from volumed.driver import (
     SupportsCapacity,
     SupportsClone,
     SupportsExpand,
+    SupportsImport,
     SupportsModify,
     SupportsSnapshots,
     VolumeSpec,
@@ -125,6 +126,27 @@ class Provision:
         ):
             return driver.clone(handle_of(source), spec)
 
+    def adopt(self, volume: Volume, backend: Backend, reference: str) -> Volume:
+        """What is on the storage already, as this volume; the record returned says what it turned out to be."""
+        driver = backend.driver
+        spec = VolumeSpec(
+            id=volume.id,
+            size=None,
+            mode=volume.mode,
+            options=read_options(driver.VolumeOptions, volume.options, subject=f"backend {backend.name}"),
+            mark=marks.write(volume),
+        )
+        made = import_driver(backend).adopt(reference, spec)
+        crash.point("import.stored")
+        ready = msgspec.structs.replace(volume, handle=made.handle, size=made.size, state=VolumeState.READY)
+        if not isinstance(driver, BlockDriver) or volume.mode is VolumeMode.BLOCK:
+            return ready
+        with self._presence.looked_at(ready, driver) as device:
+            found = filesystems.detect(device)
+        return msgspec.structs.replace(
+            ready, filesystem=found, mode=VolumeMode.FILESYSTEM if found else VolumeMode.BLOCK
+        )
+
     def destroy(self, volume: Volume, backend: Backend) -> None:
         """Remove the data, or whatever a cut-short `make` left of it. Nothing may hold the volume."""
         handle = volume.handle or backend.driver.find(volume.stored_as)
@@ -205,6 +227,13 @@ class Provision:
             raise IntegrityError(
                 f"its storage is gone: {error.text}", subject=f"volume {volume.name}", hint="run `volumectl doctor`"
             ) from None
+
+
+def import_driver(backend: Backend) -> SupportsImport:
+    """Raises NotSupported when the backend's driver adopts nothing."""
+    if not isinstance(backend.driver, SupportsImport):
+        raise NotSupported(f"driver {backend.driver_name} cannot import", subject=f"backend {backend.name}")
+    return backend.driver
 
 
 def snapshot_driver(backend: Backend) -> SupportsSnapshots:

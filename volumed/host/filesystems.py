@@ -23,6 +23,11 @@ class Filesystem(ABC):
     name: ClassVar[str]
     minimum_size: ClassVar[int]  # bytes; below it mkfs refuses
     mount_options: ClassVar[tuple[str, ...]]
+    magic: ClassVar[tuple[int, bytes]]  # what lies at which offset of each that was made
+
+    def is_on(self, device: Path) -> bool:
+        offset, magic = self.magic
+        return _read(device, offset=offset, size=len(magic)) == magic
 
     @abstractmethod
     def mkfs(self, host: Host, device: Path, *, options: Sequence[str]) -> None:
@@ -51,6 +56,7 @@ class Ext4(Filesystem):
     name = "ext4"
     minimum_size = 2 * MIB
     mount_options = ("discard",)
+    magic = (1024 + 0x38, b"\x53\xef")
 
     def mkfs(self, host: Host, device: Path, *, options: Sequence[str]) -> None:
         # Lazy initialisation keeps a sparse file sparse and mkfs short; a volume has no use for root's 5 percent.
@@ -58,9 +64,9 @@ class Ext4(Filesystem):
         _mkfs(host, [*words, *options, device])
 
     def check(self, host: Host, device: Path) -> None:
-        superblock = _read(device, offset=1024, size=1024)
-        if superblock[0x38:0x3A] != b"\x53\xef":
+        if not self.is_on(device):
             raise _not_here(self, device)
+        superblock = _read(device, offset=1024, size=1024)
         state = int.from_bytes(superblock[0x3A:0x3C], "little")
         needs_recovery = int.from_bytes(superblock[0x60:0x64], "little") & 0x4
         if state & 1 and not state & 2 and not needs_recovery:
@@ -97,13 +103,14 @@ class Xfs(Filesystem):
     name = "xfs"
     minimum_size = 300 * MIB  # mkfs.xfs 5.19 and newer
     mount_options = ("discard",)
+    magic = (0, b"XFSB")
 
     def mkfs(self, host: Host, device: Path, *, options: Sequence[str]) -> None:
         _mkfs(host, ["mkfs.xfs", "-q", "-f", *options, device])
 
     def check(self, host: Host, device: Path) -> None:
         # mount(2) replays the log; xfs_repair must not be run before that (xfs_repair(8)).
-        if _read(device, offset=0, size=4) != b"XFSB":
+        if not self.is_on(device):
             raise _not_here(self, device)
 
     def grow(self, host: Host, device: Path, mountpoint: Path) -> None:
@@ -119,13 +126,14 @@ class Btrfs(Filesystem):
     name = "btrfs"
     minimum_size = 256 * MIB  # mkfs takes less, but below it the kernel refuses to grow (btrfs_ioctl_resize)
     mount_options = ("discard=async",)
+    magic = (0x10040, b"_BHRfS_M")
 
     def mkfs(self, host: Host, device: Path, *, options: Sequence[str]) -> None:
         _mkfs(host, ["mkfs.btrfs", "-q", "-f", *options, device])
 
     def check(self, host: Host, device: Path) -> None:
         # Copy on write needs no check after a crash; `btrfs check` would read all of it.
-        if _read(device, offset=0x10040, size=8) != b"_BHRfS_M":
+        if not self.is_on(device):
             raise _not_here(self, device)
 
     def grow(self, host: Host, device: Path, mountpoint: Path) -> None:
@@ -146,6 +154,11 @@ def get(name: str) -> Filesystem:
         return _ALL[name]
     except KeyError:
         raise InvalidRequest(f"there is no file system {name!r} here", hint=f"choose {', '.join(NAMES)}") from None
+
+
+def detect(device: Path) -> str | None:
+    """The name of the file system on a device, of those known here."""
+    return next((kind.name for kind in _ALL.values() if kind.is_on(device)), None)
 
 
 def _mkfs(host: Host, argv: Sequence[str | Path]) -> None:

@@ -30,6 +30,7 @@ from volumed.driver import (
     SupportsCapacity,
     SupportsClone,
     SupportsExpand,
+    SupportsImport,
     SupportsSnapshots,
     VolumeSpec,
 )
@@ -431,6 +432,58 @@ class DriverConformance:
             snapshot = again.snapshot(source, taken[-1])
             again.delete_snapshot(snapshot)
         assert [found.volume_id for found in driver.list()] == [source_id]
+
+    # Importing
+    def make_stranger(self, driver: Driver, name: str) -> None:
+        """Make an object that volumed knows nothing of, and that its driver could import by this name, whose content is
+        as `_write` with b"old" leaves a volume's. For drivers that import."""
+        pytest.skip("the subclass says not how such an object is made")
+
+    def test_what_others_made_is_imported_with_its_data(self, driver: Driver, make_driver: MakeDriver) -> None:
+        importing = self._imports(driver)
+        self.make_stranger(driver, "stranger")
+        assert list(importing.importable()) == ["stranger"]
+        assert list(driver.list()) == []
+        volume_id = new_volume_id()
+        spec = self._spec(driver, volume_id)._replace(size=None)
+        with pytest.raises(NotFound):
+            importing.adopt("nonesuch", spec)
+        assert driver.find(volume_id) is None
+        adopted = [importing.adopt("stranger", spec).handle for _ in range(2)]
+        assert adopted[0] == adopted[1] == driver.find(volume_id)
+        assert list(importing.importable()) == []
+        again = make_driver()
+        again.probe()
+        self._check_marks(again)
+        assert self._read(again, adopted[0]) == b"old"
+        self._write(again, adopted[0], b"new")
+        again.delete(adopted[0])
+        assert list(again.list()) == []
+
+    def test_a_crash_in_an_import_loses_nothing(
+        self, driver: Driver, make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        importing = self._imports(driver)
+        names: list[tuple[str, VolumeSpec]] = []
+
+        def prepare() -> None:
+            names.append((f"stranger-{len(names)}", self._spec(driver, new_volume_id())._replace(size=None)))
+            self.make_stranger(driver, names[-1][0])
+
+        for _ in _killed_at_each_point(lambda: importing.adopt(*names[-1]) and None, monkeypatch, prepare=prepare):
+            again = make_driver()
+            again.probe()
+            handle = self._imports(again).adopt(*names[-1]).handle
+            assert again.find(names[-1][1].id) == handle
+            assert self._read(again, handle) == b"old"
+        assert list(importing.importable()) == []
+        self._check_marks(driver)
+
+    @staticmethod
+    def _imports(driver: Driver) -> SupportsImport:
+        if not isinstance(driver, SupportsImport):
+            pytest.skip("the driver imports nothing")
+        return driver
 
     # What subclasses may need
     def _spec(self, driver: Driver, volume_id: VolumeId, *, size: int | None = None) -> VolumeSpec:

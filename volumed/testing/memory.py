@@ -28,6 +28,7 @@ from volumed.driver import (
     SupportsClone,
     SupportsExpand,
     SupportsGroupSnapshots,
+    SupportsImport,
     SupportsModify,
     VolumeSpec,
 )
@@ -57,13 +58,20 @@ class MemoryStorage:
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="volumed-memory-")))
     volumes: dict[Handle, _Held] = field(default_factory=dict)
     snapshots: dict[Handle, _Held] = field(default_factory=dict)
+    strangers: dict[str, Path] = field(default_factory=dict)  # trees that somebody else made
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class MemoryDriver(
-    FilesystemDriver, SupportsExpand, SupportsGroupSnapshots, SupportsModify, SupportsClone, SupportsCapacity
+    FilesystemDriver,
+    SupportsExpand,
+    SupportsGroupSnapshots,
+    SupportsModify,
+    SupportsClone,
+    SupportsCapacity,
+    SupportsImport,
 ):
     """`before(method)` is called first in every method: a test makes it wait, count or raise."""
 
@@ -194,6 +202,21 @@ class MemoryDriver(
     def clone(self, source: Handle, spec: VolumeSpec) -> CreatedVolume:
         self.before("clone")
         return self._made(spec, self._volume(source).tree)
+
+    def importable(self) -> Iterable[str]:
+        self.before("importable")
+        return list(self.storage.strangers)
+
+    def adopt(self, reference: str, spec: VolumeSpec) -> CreatedVolume:
+        self.before("adopt")
+        handle = Handle(f"memory:{spec.id}")
+        with self._lock:
+            if handle not in self.storage.volumes:
+                tree = self.storage.strangers.pop(reference, None)
+                if tree is None:
+                    raise NotFound(f"there is nothing to import of the name {reference!r}", subject=self.backend)
+                self.storage.volumes[handle] = _Held(tree, spec.size, mark=dict(spec.mark))
+        return CreatedVolume(handle, None)
 
     def modify(self, handle: Handle, options: Options) -> None:
         self.before("modify")

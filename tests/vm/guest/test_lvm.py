@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import sh
-from volumed.driver import Capability, VolumeSpec
+from volumed.driver import Capability, Driver, VolumeSpec
 from volumed.errors import BackendUnavailable, CapacityExhausted
 from volumed.host.linux import LinuxHost
 from volumed.model import VolumeMode, new_volume_id
-from volumed.testing.conformance import DriverConformance, MakeDriver
+from volumed.testing.conformance import DriverConformance, MakeDriver, _write_device
 from volumed.units import MIB
 from volumed_drivers.lvm import LvmDriver, LvmOptions
 
@@ -26,8 +26,9 @@ def group() -> Iterator[str]:
     Path("/etc/lvm/lvmlocal.conf").write_text("backup { backup=0 archive=0 }\nactivation { monitoring=0 }\n")
     sh("vgcreate", "-q", "vg0", DISK)
     sh("lvcreate", "-q", "--type", "thin-pool", "-L", "512m", "-n", "pool", "vg0")
-    # With one volume active the pool stays, and is not checked anew by each that comes and goes.
-    sh("lvcreate", "-q", "-y", "-V", "4m", "--thinpool", "vg0/pool", "-n", "keeper")
+    # With one volume active the pool stays, and is not checked anew by each that comes and goes. By its name it is one
+    # of volumed's, so that nothing is importable.
+    sh("lvcreate", "-q", "-y", "-V", "4m", "--thinpool", "vg0/pool", "-n", f"s{'0' * 32}")
     yield "vg0"
     sh("vgremove", "-ff", "-y", "-q", "vg0")
 
@@ -44,6 +45,10 @@ class TestLvmDriver(DriverConformance):
     @pytest.fixture
     def make_driver(self, group: str) -> MakeDriver:
         return lambda: LvmDriver("thin", LvmOptions(vg=group, thinpool="pool"), LinuxHost())
+
+    def make_stranger(self, driver: Driver, name: str) -> None:
+        sh("lvcreate", "-q", "-y", "-V", "16m", "--thinpool", "vg0/pool", "-n", name)
+        _write_device(Path("/dev/vg0") / name, b"old")
 
 
 def make(group: str, pool: str = "pool", full_at: float = 95) -> LvmDriver:

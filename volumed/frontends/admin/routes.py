@@ -36,7 +36,10 @@ from volumed.frontends.admin.schemas import (
     ExpandBody,
     FindingView,
     HistoricBindingView,
+    ImportBody,
     OptionView,
+    RebuildBody,
+    RebuildLineView,
     RemovalView,
     SnapshotBody,
     SnapshotView,
@@ -55,7 +58,15 @@ _encode = msgspec.json.Encoder().encode
 
 
 def routers(core: Core) -> list[APIRouter]:
-    return [_volumes(core), _snapshots(core), _bindings(core), _backends(core), _classes(core), _health(core)]
+    return [
+        _volumes(core),
+        _snapshots(core),
+        _bindings(core),
+        _backends(core),
+        _classes(core),
+        _imports(core),
+        _health(core),
+    ]
 
 
 def _volumes(core: Core) -> APIRouter:
@@ -113,6 +124,29 @@ def _volumes(core: Core) -> APIRouter:
             HistoricBindingView(volume=volume.name, **_fields(ended, "volume_name"))
             for ended in core.bindings.history(volume.id, limit=limit)
         ]
+
+    return router
+
+
+def _imports(core: Core) -> APIRouter:
+    router = APIRouter(prefix="/v1", tags=["imports"])
+
+    @router.get("/backends/{name}/importable")
+    def importable(name: str) -> list[str]:
+        """References of what the backend could make a volume of."""
+        return core.imports.importable(name)
+
+    @router.post("/imports", status_code=201)
+    def adopt(body: ImportBody) -> VolumeView:
+        """Make what is on storage already a volume, with its data as it is."""
+        return VolumeView.model_validate(
+            core.imports.adopt(body.backend, body.reference, name=body.name, block=body.block, labels=body.labels)
+        )
+
+    @router.post("/rebuild")
+    def rebuild(body: RebuildBody) -> list[RebuildLineView]:
+        """Put volumes of ours into a ledger that lost them, by the marks on their storage."""
+        return [RebuildLineView.model_validate(line) for line in core.imports.rebuild(dry_run=body.dry_run)]
 
     return router
 

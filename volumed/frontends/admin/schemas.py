@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from volumed.core.imports import Outcome
 from volumed.core.planning import CreateVolume
 from volumed.errors import InvalidRequest
 from volumed.model import AccessMode, Engine, Ownership, SnapshotState, VolumeMode, VolumeState
@@ -167,6 +168,26 @@ class VolumePage(View):
 class RemovalView(View):
     volume: VolumeView
     used: int | None
+
+
+class ImportBody(Body):
+    backend: str
+    reference: str = Field(min_length=1, max_length=4096, description="As /v1/backends/NAME/importable lists it")
+    name: str = Field(description="Of the volume that it becomes")
+    block: bool = Field(default=False, description="A raw device, whatever lies on it")
+    labels: dict[str, str] = {}
+
+
+class RebuildBody(Body):
+    dry_run: bool = Field(default=True, description="Say what would be put into the ledger")
+
+
+class RebuildLineView(View):
+    backend: str
+    outcome: Outcome
+    id: str
+    name: str
+    text: str
 
 
 class TakeoverBody(Body):
