@@ -266,5 +266,6 @@ def test_import_and_rebuild(volumed: Volumed) -> None:
     assert volumed.api.get("volumes")["volumes"] == []
     assert "3 recreated" in volumed.ctl("import", "--rebuild", "--yes").stdout
     assert {volume["name"]: volume["id"] for volume in volumed.api.get("volumes")["volumes"]} == ids
+    assert as_json(volumed, "inspect", "disk")["mode"] == "block"
     assert volumed.plugin("Mount", Name="ext", ID="x").error == ""
     assert volumed.plugin("Unmount", Name="ext", ID="x").error == ""

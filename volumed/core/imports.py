@@ -153,8 +153,8 @@ class Imports:
             raise IntegrityError("bears no mark, so nothing is known of it", subject=subject)
         size = backend.driver.inspect(found.handle).size
         volume = marks.read(found.mark, volume_id=found.volume_id, handle=found.handle, backend=backend.name, size=size)
-        if isinstance(backend.driver, BlockDriver) and volume.filesystem is not None:
-            self._check_filesystem(volume, backend.driver)
+        if isinstance(backend.driver, BlockDriver) and volume.mode is VolumeMode.FILESYSTEM:
+            volume = self._with_filesystem(volume, backend.driver)
         text = f"made {volume.created:%Y-%m-%d}"
         if self._repository.volume_by_name(volume.name) is not None:
             text += f"; the name {volume.name} belongs to another one now"
@@ -167,14 +167,19 @@ class Imports:
             )
         return volume.name, text
 
-    def _check_filesystem(self, volume: Volume, driver: BlockDriver) -> None:
-        """A volume whose file system was never made is one that was never finished."""
+    def _with_filesystem(self, volume: Volume, driver: BlockDriver) -> Volume:
+        """A volume whose file system was never made is one that was never finished. The mark of one that was imported
+        knows of none: it is what is found."""
         with self._presence.looked_at(volume, driver) as device:
             there = filesystems.detect(device)
+        if volume.filesystem is None:
+            mode = VolumeMode.FILESYSTEM if there else VolumeMode.BLOCK
+            return msgspec.structs.replace(volume, filesystem=there, mode=mode)
         if there != volume.filesystem:
             raise IntegrityError(
                 f"should hold {volume.filesystem} and holds {there or 'none'}", subject=f"volume {volume.id}"
             )
+        return volume
 
 
 def summary(lines: Sequence[Line]) -> dict[str, int]:

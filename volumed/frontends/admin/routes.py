@@ -58,15 +58,8 @@ _encode = msgspec.json.Encoder().encode
 
 
 def routers(core: Core) -> list[APIRouter]:
-    return [
-        _volumes(core),
-        _snapshots(core),
-        _bindings(core),
-        _backends(core),
-        _classes(core),
-        _imports(core),
-        _health(core),
-    ]
+    parts = (_volumes, _snapshots, _bindings, _backends, _classes, _imports, _health)
+    return [part(core) for part in parts]
 
 
 def _volumes(core: Core) -> APIRouter:
