@@ -197,7 +197,7 @@ class Life:
             source = self._volumed.folder / "source"
             source.mkdir(exist_ok=True)
             (source / "file").write_bytes(b"old")
-            sh("mkfs.ext4", "-q", "-d", source, path)
+            sh("mkfs.ext4", "-q", "-b", "4096", "-d", source, path)
             return
         if self._backend == "tree":
             sh("btrfs", "subvolume", "create", path)

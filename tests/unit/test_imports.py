@@ -9,6 +9,7 @@ import pytest
 
 from tests.unit.conftest import Lab
 from volumed.config import BackendSettings
+from volumed.core import marks
 from volumed.core.imports import Outcome
 from volumed.errors import AlreadyExists, BackendUnavailable, InvalidRequest, NotFound, NotSupported
 from volumed.model import Handle, VolumeId, VolumeState, new_volume_id
@@ -110,6 +111,22 @@ def test_a_name_that_is_taken_is_not_taken_away(lab: Lab) -> None:
     assert "belongs to another" in lines[old.id].text
     assert lab.core.volumes.get("data").id == new.id
     assert lab.core.volumes.get(lines[old.id].name).id == old.id
+
+
+def test_two_places_of_one_volume_are_both_kept(lab: Lab) -> None:
+    """As a move that was not undone yet leaves it: nobody can tell any more which one counts."""
+    volume = lab.create("data", backend="two")
+    copy = lab.create("copy")
+    assert copy.handle is not None
+    lab.driver().storage.volumes[copy.handle].mark = {**marks.write(volume), "id": volume.id}
+    lose_the_ledger(lab)
+    lines = {line.backend: line for line in lab.core.imports.rebuild(dry_run=False)}
+    moved, source = lab.core.volumes.get("data"), lab.core.volumes.get(lines["two"].name)
+    assert (moved.id, moved.stored_as, moved.backend) == (volume.id, copy.id, "one")
+    assert (source.stored_as, source.backend) == (volume.id, "two")
+    assert "in two places" in lines["two"].text
+    assert {line.outcome for line in lab.core.imports.rebuild(dry_run=False)} == {Outcome.KNOWN}
+    assert lab.core.doctor.examine() == []
 
 
 def test_what_has_no_mark_is_left_to_the_doctor(lab: Lab) -> None:

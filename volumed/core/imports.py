@@ -126,9 +126,10 @@ class Imports:
 
     def _lines(self, backend: Backend, *, dry_run: bool) -> Iterator[Line]:
         for found in list(backend.driver.list()):
-            known = self._repository.volume(found.volume_id)
-            if known is not None:
-                yield Line(backend=backend.name, outcome=Outcome.KNOWN, id=known.id, name=known.name)
+            known = self._repository.volume_stored_as(found.volume_id)
+            if known is not None or self._repository.migration_holding(found.volume_id) is not None:
+                name = known.name if known else "the other place of a move"
+                yield Line(backend=backend.name, outcome=Outcome.KNOWN, id=found.volume_id, name=name)
                 continue
             name = found.mark.get("name", "")
             try:
@@ -156,6 +157,9 @@ class Imports:
         if isinstance(backend.driver, BlockDriver) and volume.mode is VolumeMode.FILESYSTEM:
             volume = self._with_filesystem(volume, backend.driver)
         text = f"made {volume.created:%Y-%m-%d}"
+        if self._repository.volume(volume.id) is not None:
+            text += f"; a move left {volume.id} in two places: see which of them is the newer"
+            volume = msgspec.structs.replace(volume, id=new_volume_id(), moved_to=found.volume_id)
         if self._repository.volume_by_name(volume.name) is not None:
             text += f"; the name {volume.name} belongs to another one now"
             volume = msgspec.structs.replace(volume, name=f"{volume.name[:200]}-{volume.id[:13]}")

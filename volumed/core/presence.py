@@ -225,7 +225,7 @@ class Presence:
             yield there
             return
         try:
-            yield self._device(volume, driver)
+            yield self.device(volume, driver)
         finally:
             driver.unmap(handle_of(volume))
             self._reach.detach_here(volume)
