@@ -33,6 +33,7 @@ from volumed.frontends.docker.app import DockerApp
 from volumed.frontends.server import UnixServer
 from volumed.host.linux import LinuxHost
 from volumed.migration.migrations import Migrations
+from volumed.migration.writers.containers import stopping_writers
 from volumed.store.sqlite import SqliteStore
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def _run(settings: Settings, arguments: argparse.Namespace) -> int:
             sources=_sources(settings, host),
         )
         cleanup.callback(core.stop)
-        migrations = Migrations(core)
+        migrations = Migrations(core, stop_writers=stopping_writers(core))
         if arguments.unmount_all:
             core.recover(migrations.recover)
             core.reconciler.release_all()

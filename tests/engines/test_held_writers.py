@@ -1,0 +1,198 @@
+"""Containers held still for the end of a move, with a real dockerd: who sees the new place, who was as it was."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import wait_until
+from tests.harness.docker import Docker, running_docker
+from volumed.errors import InUse
+from volumed.host import mounts, swap
+from volumed.migration.writers.containers import ContainerWriters
+from volumed.migration.writers.engines import DockerEngine
+from volumed.model import Binding, Consumer, Engine, VolumeId, now
+
+pytestmark = [pytest.mark.root, pytest.mark.engine]
+
+BUSY = "exec 3>>/data/log; while true; do echo $((n=n+1)) >&3; sleep 0.05; done"
+
+
+@pytest.fixture(scope="module")
+def docker() -> Iterator[Docker]:
+    with running_docker() as docker:
+        yield docker
+
+
+class Place:
+    """A volume's path, showing its old place, and later its new one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.old, self.new = folder / "path", folder / "old", folder / "new"
+        for each in (self.path, self.old, self.new):
+            each.mkdir()
+        mounts.bind(self.old, self.path, readonly=False, options=())
+        (self.old / "where").write_text("old")
+        (self.new / "where").write_text("new")
+
+    def move(self) -> None:
+        mounts.unmount(self.path)
+        mounts.bind(self.new, self.path, readonly=False, options=())
+
+
+@pytest.fixture
+def place(tmp_path: Path, docker: Docker) -> Iterator[Place]:
+    place = Place(tmp_path)
+    yield place
+    docker.remove_containers()
+    mounts.unmount(place.path)
+
+
+def writers(docker: Docker, place: Place, *containers: str) -> ContainerWriters:
+    bindings = [
+        Binding(
+            volume_id=VolumeId("v"),
+            node="node-1",
+            engine=Engine.DOCKER,
+            mount_id=each,
+            since=now(),
+            consumers=(
+                Consumer(id=docker("inspect", "--format", "{{.Id}}", each), name=each, image="", pid=0, target="/data"),
+            ),
+        )
+        for each in containers
+    ]
+    return ContainerWriters([DockerEngine(docker.socket)], place.path, bindings)
+
+
+def run(docker: Docker, place: Place, name: str, command: str, *options: str, mode: str = "") -> None:
+    docker("run", "-d", "--name", name, *options, "-v", f"{place.path}:/data{mode}", "busybox", "sh", "-c", command)
+
+
+def status(docker: Docker, name: str) -> str:
+    return docker("inspect", "--format", "{{.State.Status}}", name)
+
+
+def pid(docker: Docker, name: str) -> str:
+    return docker("inspect", "--format", "{{.State.Pid}}", name)
+
+
+def test_an_idle_container_never_notices(docker: Docker, place: Place) -> None:
+    run(docker, place, "idle", "while true; do sleep 0.1; done")
+    run(docker, place, "reader", "while true; do sleep 0.1; done", mode=":ro")
+    run(docker, place, "fleeting", "while true; do sleep 0.1; done", "--rm")
+    before = {name: pid(docker, name) for name in ("idle", "reader", "fleeting")}
+    held = writers(docker, place, *before)
+    plan = held.plan()
+    assert [line.split()[2] for line in held.describe(plan)] == ["idle", "reader", "fleeting"]
+    held.hold(plan)
+    assert {status(docker, name) for name in before} == {"paused"}
+    place.move()
+    assert held.release(plan, moved=True) == []
+    assert {status(docker, name) for name in before} == {"running"}
+    assert {name: pid(docker, name) for name in before} == before
+    for name in before:
+        assert docker("exec", name, "cat", "/data/where") == "new"
+    docker("exec", "idle", "sh", "-c", "echo written > /data/file")
+    assert (place.new / "file").read_text() == "written\n"
+    assert not (place.old / "file").exists()
+    assert "Read-only" in docker("exec", "reader", "touch", "/data/file", check=False)
+    docker("restart", "-t", "0", "idle")
+    assert docker("exec", "idle", "cat", "/data/where") == "new"
+
+
+def test_a_busy_container_is_stopped_and_started_and_loses_nothing(docker: Docker, place: Place) -> None:
+    run(docker, place, "busy", BUSY, "--restart", "always", "--stop-timeout", "1")
+    log = place.old / "log"
+    wait_until(lambda: log.exists() and log.stat().st_size)
+    held = writers(docker, place, "busy")
+    plan = held.plan()
+    held.hold(plan)
+    assert status(docker, "busy") == "exited"
+    size = log.stat().st_size
+    time.sleep(0.3)
+    assert log.stat().st_size == size
+    place.move()
+    assert held.release(plan, moved=True) == []
+    assert status(docker, "busy") == "running"
+    wait_until((place.new / "log").exists)
+    assert log.stat().st_size == size
+    assert docker("inspect", "--format", "{{.HostConfig.RestartPolicy.Name}}", "busy") == "always"
+
+
+def test_all_is_as_it_was_when_the_move_fails(docker: Docker, place: Place) -> None:
+    run(docker, place, "idle", "sleep 1000")
+    run(docker, place, "busy", BUSY, "--stop-timeout", "1")
+    run(docker, place, "paused", "sleep 1000")
+    docker("pause", "paused")
+    wait_until((place.old / "log").exists)
+    held = writers(docker, place, "idle", "busy", "paused")
+    plan = held.plan()
+    held.hold(plan)
+    again = writers(docker, place)  # by a daemon that knows the plan alone
+    assert again.release(plan, moved=False) == []
+    assert {name: status(docker, name) for name in ("idle", "busy", "paused")} == {
+        "idle": "running",
+        "busy": "running",
+        "paused": "paused",
+    }
+    assert again.release(plan, moved=False) == []
+    docker("unpause", "paused")
+
+
+def test_letting_go_may_be_cut_short_and_begun_again(docker: Docker, place: Place) -> None:
+    run(docker, place, "idle", "sleep 1000")
+    docker("run", "-d", "--name", "other", "-v", f"{place.path}:/data", "busybox", "sleep", "1000")
+    held = writers(docker, place, "idle", "other")
+    plan = held.plan()
+    held.hold(plan)
+    place.move()
+    swap.swap(int(pid(docker, "idle")), "/data", place.path)
+    assert held.release(plan, moved=True) == []
+    for name in ("idle", "other"):
+        assert docker("exec", name, "cat", "/data/where") == "new"
+
+
+def test_a_frozen_one_that_cannot_be_shown_the_new_place_never_writes_to_the_old(docker: Docker, place: Place) -> None:
+    run(docker, place, "idle", "while true; do sleep 0.1; echo x >> /data/log; done", "--restart", "always")
+    held = writers(docker, place, "idle")
+    plan = held.plan()
+    engine = DockerEngine(docker.socket)
+    engine.pause("idle")
+    holder = os.open(f"/proc/{pid(docker, 'idle')}/root/data", os.O_RDONLY)  # umount2 finds it busy
+    size = (place.old / "log").stat().st_size if (place.old / "log").exists() else 0
+    try:
+        place.move()
+        assert held.release(plan, moved=True) == []
+    finally:
+        os.close(holder)
+    assert status(docker, "idle") == "running"
+    wait_until((place.new / "log").exists)
+    assert ((place.old / "log").stat().st_size if size else 0) == size
+
+
+def test_who_must_not_be_stopped_is_named(docker: Docker, place: Place) -> None:
+    run(docker, place, "fleeting", BUSY, "--rm", "--stop-timeout", "1")
+    wait_until((place.old / "log").exists)
+    held = writers(docker, place, "fleeting")
+    plan = held.plan()
+    with pytest.raises(InUse, match=r"fleeting.*started with --rm"):
+        held.hold(plan)
+    assert held.release(plan, moved=False) == []
+    assert status(docker, "fleeting") == "running"
+    unknown = Binding(volume_id=VolumeId("v"), node="n", engine=Engine.DOCKER, mount_id="f" * 64, since=now())
+    with pytest.raises(InUse, match="cannot be told"):
+        ContainerWriters([], place.path, [unknown]).plan()
+
+
+def test_users_of_a_mount_are_told(docker: Docker, place: Place) -> None:
+    run(docker, place, "busy", "cd /data; sleep 1000")
+    entry = swap.mount_in(int(pid(docker, "busy")), "/data")
+    assert entry is not None
+    assert any("cwd" in line for line in swap.users(int(pid(docker, "busy")), entry))
+    with pytest.raises(InUse, match=r"sh \(pid \d+\)|sleep \(pid \d+\)"):
+        swap.swap(int(pid(docker, "busy")), "/data", place.new)
