@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from volumed import redact
+from volumed import context, redact
 from volumed.driver import Host, Options, Secret, Worker
 from volumed.driver.secret import read_secret
 from volumed.errors import (
@@ -96,6 +96,8 @@ class CephOptions(Options):
     timeout: int = Field(default=30, ge=2, le=300, description="Seconds that the cluster may take for one answer")
 
 
+Ask = Callable[..., Any]
+
 _IN_KEYRING = re.compile(r"^\s*key\s*=\s*(\S+)\s*$", re.MULTILINE)
 # What a worker may send back, by its code.
 _ERRORS: dict[str, type[VolumedError]] = {
@@ -107,8 +109,9 @@ _ERRORS: dict[str, type[VolumedError]] = {
 }
 # More than what the cluster may take: the worker's own error says more than that it was killed.
 GRACE = 5.0
-# Workers kept for the next call; each holds some 40 MiB and a connection.
-IDLE = 2
+LONGEST = 600.0  # seconds to wait for a worker, where the request says nothing
+# Workers at a time, and those kept for the next call; each holds some 40 MiB and a connection.
+MOST, IDLE = 4, 2
 
 
 class Cluster:
@@ -120,6 +123,7 @@ class Cluster:
         self._subject = f"backend {backend}"
         self._idle: list[Worker] = []
         self._lock = threading.Lock()
+        self._room = threading.BoundedSemaphore(MOST)
 
     def key(self) -> str:
         """The bare key. Raises ConfigError."""
@@ -143,13 +147,20 @@ class Cluster:
             return ask(function, timeout=timeout, **arguments)
 
     @contextlib.contextmanager
-    def session(self) -> Iterator[Callable[..., Any]]:
-        """Several calls by one and the same client: what it locks, it alone can unlock."""
-        worker = self._take()
+    def session(self) -> Iterator[Ask]:
+        """Several calls by one and the same client: what it locks, it alone can unlock. No `call` is made meanwhile:
+        there may be no worker left for it."""
+        patience = context.remaining(LONGEST)
+        if not self._room.acquire(timeout=patience):
+            raise BackendUnavailable("all its workers are waiting for the cluster", subject=self._subject, hint=_LOOK)
         try:
-            yield functools.partial(self._ask, worker)
+            worker = self._take()
+            try:
+                yield functools.partial(self._ask, worker)
+            finally:
+                self._give_back(worker)
         finally:
-            self._give_back(worker)
+            self._room.release()
 
     def _ask(self, worker: Worker, function: str, *, timeout: float | None = None, **arguments: Any) -> Any:
         patience = (timeout or self.options.timeout) + GRACE

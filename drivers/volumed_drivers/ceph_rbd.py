@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import re
 import socket
 from collections.abc import Iterable, Mapping, Sequence
@@ -195,7 +196,7 @@ class CephRbdDriver(
         self._call("mark", image=spec.id, text=text)
 
     def delete(self, handle: Handle) -> None:
-        children = self._call("remove", image=handle, timeout=LONG)
+        children = self._call("remove", image=handle, own=self._own(handle), timeout=LONG)
         crash.point("ceph-rbd.delete.removed")
         if children:
             self._empty_trash()
@@ -237,17 +238,25 @@ class CephRbdDriver(
         if device is not None:
             return device
         mapper = self._mapper or self._choose_mapper()[0]
-        asked = {"where": self._where, "image": handle, "node": self._node}
+        asked = {"where": self._where, "image": handle, "node": self._node, "own": self._own(handle)}
         with self._cluster.session() as ask:
-            size = ask("rbd_images.begin_mapping", patience=self._options.timeout, **asked)
+            ask("rbd_images.begin_mapping", patience=self._options.timeout, **asked)
             try:
-                device = mapper.map(handle, size=size)
+                device = mapper.map(handle, ask)
             except BaseException:
                 with contextlib.suppress(VolumedError):  # the right to map it ends by itself
                     ask("rbd_images.end_mapping", mapped=False, **asked)
                 raise
             ask("rbd_images.end_mapping", mapped=True, **asked)
         return device
+
+    def _own(self, handle: Handle) -> str:
+        """What marks a mapping as this daemon's, and nobody else's in the world. Empty while there is one: those that
+        are seen on the cluster beside it are not known to be dead."""
+        if self.mapped(handle) is not None:
+            return ""
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.stat('/proc/self/ns/mnt').st_ino} {self.host.private_folder('rbd')}"  # noqa: PTH116
 
     def unmap(self, handle: Handle) -> None:
         for mapper in self._mappers.values():
@@ -281,7 +290,7 @@ class CephRbdDriver(
     def restore(self, handle: Handle, snapshot: Handle) -> None:
         """The snapshot stays whatever happens, so a half restored image is put back again."""
         name = snapshot.partition("@")[2]
-        size = self._call("begin_restore", image=handle, name=name)
+        size = self._call("begin_restore", image=handle, name=name, own=self._own(handle))
         crash.point("ceph-rbd.restore.begun")
         self._call("roll_back", image=handle, name=name, timeout=LONG)
         crash.point("ceph-rbd.restore.rolled-back")

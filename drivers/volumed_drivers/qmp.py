@@ -67,3 +67,5 @@ def _connect(opened: socket.socket, path: Path, ends: float, running: Callable[[
             if time.monotonic() > ends:
                 raise TimeoutError from None
             time.sleep(_PAUSE)
+        except OSError as error:  # a path that is too long, for one
+            raise HostError(f"cannot be reached: {error}", subject=str(path)) from None

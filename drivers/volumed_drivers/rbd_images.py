@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from volumed.errors import InUse, InvalidRequest, NotFound, OutOfRange
@@ -22,6 +22,7 @@ MARK, HOLDER, RESTORING = "volumed", "volumed.holder", "volumed.restoring"
 # Of the snapshot that a clone is made from, for as long as that takes.
 INTERNAL = "volumed-clone-"
 MAPPING_LOCK = "volumed.map"
+DEAD = 3600  # seconds that a client is kept out that cannot come back anyway
 BRIEFLY = 2.0  # seconds that an image is watched by who only changes something about it
 
 Where = tuple[str, str]  # pool and namespace; JSON makes a list of it
@@ -147,7 +148,7 @@ def resize(connection: Connection, *, where: Where, image: str, size: int) -> in
 
 
 # Removing
-def remove(connection: Connection, *, where: Where, image: str) -> list[str]:
+def remove(connection: Connection, *, where: Where, image: str, own: str) -> list[str]:
     """Gone already is success. One that clones still read from goes to the trash; the clones in question are told."""
     rbd = load("rbd")
     context = connection.context(*where)
@@ -159,7 +160,7 @@ def remove(connection: Connection, *, where: Where, image: str) -> list[str]:
                 raise InUse("has snapshots", holders=kept, subject=f"image {where[0]}/{image}")
             _remove_internal(found)
             children = _children(found)
-        _without_watchers(connection, where, image)
+        _without_watchers(connection, where, image, own)
         try:
             if children:
                 rbd.RBD().trash_move(context, image, 0)
@@ -193,9 +194,13 @@ def _children(image: Any) -> list[str]:
     ]
 
 
-def _without_watchers(connection: Connection, where: Where, image: str) -> None:
-    """Raises InUse naming who has it open."""
-    held = holders(connection, where=where, image=image)
+def _without_watchers(connection: Connection, where: Where, image: str, own: str) -> None:
+    """Raises InUse naming who has it open. What `own` says to be this very node's is dead, as the caller has looked:
+    the cluster would believe in it for another half minute."""
+    dead = [watcher for watcher in _watchers(connection, where, image) if own and watcher["own"] == own]
+    for watcher in dead:
+        fence(connection, address=watcher["address"], seconds=DEAD)
+    held = holders(connection, where=where, image=image, leaving=[watcher["address"] for watcher in dead])
     if held:
         raise InUse("is mapped by", holders=[holder["text"] for holder in held], subject=f"image {where[0]}/{image}")
 
@@ -250,11 +255,11 @@ def snapshots(connection: Connection, *, where: Where, images: list[str]) -> lis
     return told
 
 
-def begin_restore(connection: Connection, *, where: Where, image: str, name: str) -> int:
+def begin_restore(connection: Connection, *, where: Where, image: str, name: str, own: str) -> int:
     """The size that the image is to keep: written down, as the snapshot brings back the one it had."""
     with opened(connection, where, image, snapshot=name):
         pass
-    _without_watchers(connection, where, image)
+    _without_watchers(connection, where, image, own)
     with opened(connection, where, image, readonly=False) as found:
         text = _metadata(found, RESTORING)
         if not text:
@@ -330,20 +335,22 @@ def adopt(connection: Connection, *, where: Where, reference: str, image: str) -
                 "is of format 1", subject=f"image {where[0]}/{reference}", hint="migrate it: `rbd migration prepare`"
             )
         size = int(found.size())
-    _without_watchers(connection, where, reference)
+    _without_watchers(connection, where, reference, "")
     rbd.RBD().rename(connection.context(*where), reference, image)
     return size
 
 
 # Who has it open
-def holders(connection: Connection, *, where: Where, image: str) -> list[Watcher]:
-    """Everybody but those that only change something about it: they are looked at again after a moment."""
+def holders(connection: Connection, *, where: Where, image: str, leaving: Sequence[str] = ()) -> list[Watcher]:
+    """Everybody but those that only change something about it, and those that are `leaving`: they are looked at again
+    for a moment."""
     ends = time.monotonic() + BRIEFLY
     while True:
         found = _watchers(connection, where, image)
-        if not found or time.monotonic() > ends or all(watcher["node"] for watcher in found):
+        stay = all(watcher["node"] and watcher["address"] not in leaving for watcher in found)
+        if stay or time.monotonic() > ends:
             return found
-        time.sleep(0.1)
+        time.sleep(0.05)
 
 
 def _watchers(connection: Connection, where: Where, image: str) -> list[Watcher]:
@@ -352,15 +359,22 @@ def _watchers(connection: Connection, where: Where, image: str) -> list[Watcher]
         text = _metadata(found, HOLDER)
     if not watching:
         return []
-    holder = json.loads(text) if text else {"node": "", "clients": []}
+    holder = json.loads(text) if text else {"node": "", "own": "", "clients": []}
     managers = _manager_addresses(connection)
     told = []
     for address, number in sorted(watching):
         if address.rpartition("/")[2] in managers:
             continue
-        node = holder["node"] if address in holder["clients"] else ""
-        by = f"node {node} " if node else ""
-        told.append({"address": address, "node": node, "text": f"{by}(client.{number} at {address})"})
+        known = address in holder["clients"]
+        by = f"node {holder['node']} " if known else ""
+        told.append(
+            {
+                "address": address,
+                "node": holder["node"] if known else "",
+                "own": holder["own"] if known else "",
+                "text": f"{by}(client.{number} at {address})",
+            }
+        )
     return told
 
 
@@ -373,12 +387,12 @@ def _manager_addresses(connection: Connection) -> set[str]:
     return {str(address["nonce"]) for client in told.get("active_clients", []) for address in client["addrvec"]}
 
 
-def begin_mapping(connection: Connection, *, where: Where, image: str, node: str, patience: int) -> int:
-    """Take the right to map the image, for twice `patience` at most; its size. Raises InUse naming who has it mapped,
+def begin_mapping(connection: Connection, *, where: Where, image: str, node: str, own: str, patience: int) -> None:
+    """Take the right to map the image, for twice `patience` at most. Raises InUse naming who has it mapped,
     or that somebody is about to."""
     rados = load("rados")
     context = connection.context(*where)
-    length = size(connection, where=where, image=image)
+    size(connection, where=where, image=image)  # or its lock would make the object that says its name
     ends = time.monotonic() + patience
     while True:
         try:
@@ -392,21 +406,20 @@ def begin_mapping(connection: Connection, *, where: Where, image: str, node: str
                 ) from None
             time.sleep(0.05)
     try:
-        _without_watchers(connection, where, image)
+        _without_watchers(connection, where, image, own)
     except BaseException:
         _unlock(connection, where, image)
         raise
-    return length
 
 
-def end_mapping(connection: Connection, *, where: Where, image: str, node: str, mapped: bool) -> list[str]:
+def end_mapping(connection: Connection, *, where: Where, image: str, node: str, own: str, mapped: bool) -> list[str]:
     """Give the right back. `mapped`: it is; write down by whom, for others to read. The clients that have it."""
     clients = []
     try:
         if mapped:
             clients = [watcher["address"] for watcher in _watchers(connection, where, image)]
             with opened(connection, where, image, readonly=False) as found:
-                found.metadata_set(HOLDER, json.dumps({"node": node, "clients": clients}))
+                found.metadata_set(HOLDER, json.dumps({"node": node, "own": own, "clients": clients}))
     finally:
         _unlock(connection, where, image)
     return clients

@@ -11,13 +11,13 @@ import os
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from volumed.driver import Host
 from volumed.errors import BackendUnavailable, DeadlineExceeded, HostError, VolumedError
 from volumed_drivers import rbd_kernel
-from volumed_drivers.ceph import Cluster
+from volumed_drivers.ceph import Ask, Cluster
 from volumed_drivers.qmp import Monitor, monitor
 
 START_TIMEOUT = 30.0
@@ -40,7 +40,8 @@ class Mapper(ABC):
         """Why it cannot be used on this machine; empty when it can."""
 
     @abstractmethod
-    def map(self, image: str, *, size: int) -> Path: ...
+    def map(self, image: str, ask: Ask) -> Path:
+        """`ask`: the session in which the right to map it is held."""
 
     @abstractmethod
     def unmap(self, image: str) -> None:
@@ -73,8 +74,8 @@ class KernelMapper(Mapper):
             self.host.run(["modprobe", "rbd"], check=False)
         return "" if rbd_kernel.BUS.exists() else "this kernel has no module rbd"
 
-    def map(self, image: str, *, size: int) -> Path:
-        self.cluster.call("rbd_kernel.add", where=(self.pool, self.namespace), image=image)
+    def map(self, image: str, ask: Ask) -> Path:
+        ask("rbd_kernel.add", where=(self.pool, self.namespace), image=image)
         device = self.find(image)
         if device is None:
             raise HostError("is not there though the kernel has mapped it", subject=f"image {self.pool}/{image}")
@@ -119,7 +120,8 @@ class _HelperMapper(Mapper):
         return {image: device for image in images if (device := self.find(image)) is not None}
 
     def place(self, image: str) -> Path:
-        return self.host.private_folder(self.helper(image))
+        """Of a short name: the path of a socket must fit into 108 bytes."""
+        return self.host.private_folder(f"{self.name}-{image}")
 
     def failed(self, image: str, error: VolumedError) -> VolumedError:
         said = self.host.helper_log(self.helper(image)) or error.text
@@ -130,7 +132,7 @@ class _HelperMapper(Mapper):
         )
 
     @contextlib.contextmanager
-    def key_file(self, folder: Path):  # type: ignore[no-untyped-def]
+    def key_file(self, folder: Path) -> Iterator[Path]:
         """There only while the process starts."""
         path = folder / "key"
         path.touch(mode=0o600)
@@ -151,7 +153,7 @@ class NbdMapper(_HelperMapper):
             self.host.run(["modprobe", "nbd", "nbds_max=64"], check=False)
         return "" if Path("/sys/module/nbd").exists() else "this kernel has no module nbd"
 
-    def map(self, image: str, *, size: int) -> Path:
+    def map(self, image: str, ask: Ask) -> Path:
         self.unmap(image)  # what a process that died has left
         folder = self.place(image)
         spec = "/".join(part for part in (self.pool, self.namespace, image) if part)
@@ -213,7 +215,7 @@ class QemuMapper(_HelperMapper):
             return "QEMU's module for RBD is not installed (qemu-block-extra)"
         return ""
 
-    def map(self, image: str, *, size: int) -> Path:
+    def map(self, image: str, ask: Ask) -> Path:
         self._clear(image)  # what a process that died has left
         folder, export = self.place(image), self._export(image)
         export.touch(mode=0o600)
@@ -248,7 +250,7 @@ class QemuMapper(_HelperMapper):
         return monitor(self._socket(image), timeout=START_TIMEOUT, running=lambda: self.running(image))
 
     def _socket(self, image: str) -> Path:
-        return self.place(image) / "monitor"
+        return self.place(image) / "m"
 
     def _export(self, image: str) -> Path:
         return self.place(image) / "image"

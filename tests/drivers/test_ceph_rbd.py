@@ -67,18 +67,8 @@ def test_features_that_cannot_be(features: str, reason: str) -> None:
 
 def test_features_and_data_pool_are_those_that_were_asked_for(ceph: Ceph, make_rbd: MakeRbd) -> None:
     ceph.make_pool("data")
-    ceph.ceph(
-        "auth",
-        "caps",
-        "client.volumed",
-        "mon",
-        'profile rbd, allow command "mgr dump"',
-        "osd",
-        f"profile rbd pool={POOL}, profile rbd pool=data",
-        "mgr",
-        f"profile rbd pool={POOL}",
-    )
-    driver = make_rbd(features="layering,exclusive-lock")
+    key = ceph.make_user("both", mon="profile rbd", osd=f"profile rbd pool={POOL}, profile rbd pool=data")
+    driver = make_rbd(features="layering,exclusive-lock", user="both", key=f"file:{key}")
     handle = driver.create(spec(data_pool="data")).handle
     told = json.loads(ceph.rbd("info", f"{POOL}/{handle}", "--format", "json"))
     assert set(told["features"]) == {"layering", "exclusive-lock", "data-pool"}
@@ -115,6 +105,32 @@ def test_one_that_is_half_made_is_known_as_such(ceph: Ceph, make_rbd: MakeRbd) -
 def test_sizes_that_cannot_be(make_rbd: MakeRbd, size: int) -> None:
     with pytest.raises(OutOfRange):
         make_rbd().create(spec(size))
+
+
+def test_a_file_system_grows_in_use_and_gives_room_back(make_rbd: MakeRbd, tmp_path: Path) -> None:
+    driver = make_rbd()
+    handle = driver.create(spec(400 * MIB)).handle
+    device = driver.map(handle)
+    sh("mkfs.xfs", "-q", device)
+    driver.host.mount(device, tmp_path, fstype="xfs")
+    try:
+        driver.expand(handle, 600 * MIB)
+        sh("xfs_growfs", tmp_path)
+        assert os.statvfs(tmp_path).f_blocks * os.statvfs(tmp_path).f_frsize > 500 * MIB
+        with (tmp_path / "file").open("wb") as file:
+            file.write(os.urandom(80 * MIB))
+            os.fsync(file.fileno())
+        full = driver.inspect(handle).used or 0
+        (tmp_path / "file").unlink()
+
+        def smaller() -> bool:
+            sh("fstrim", tmp_path)
+            return (driver.inspect(handle).used or 0) < full - 40 * MIB
+
+        wait_until(smaller, timeout=60)
+    finally:
+        driver.host.unmount(tmp_path)
+        driver.unmap(handle)
 
 
 # Copies
@@ -254,9 +270,10 @@ def test_a_device_whose_process_was_killed_is_made_anew(make_rbd: MakeRbd) -> No
     os.kill(helper.pid, signal.SIGKILL)
     wait_until(lambda: driver.mapped(handle) is None)
     assert driver.mappings() == {}
-    # Its watch ends when the cluster has not heard of it for half a minute: it may be alive, for all that it knows.
-    (holder,) = [found for found in driver.holders(handle) if not found.ours]
-    driver.fence(handle, holder)
+    (holder,) = driver.holders(handle)  # the cluster believes for half a minute that it lives
+    assert not holder.ours
+    with pytest.raises(InUse, match="is mapped by: node here"):
+        make_rbd(node="there").map(handle)
     assert driver.map(handle).open("rb").read(4) == b"kept"
     assert len(driver.host.helpers("rbd-qsd-")) == 1
     driver.unmap(handle)
