@@ -136,10 +136,17 @@ def of_tree(used: dict[str, str], cannot_hold: Iterable[str]) -> list[Loss]:
     ]
 
 
+def named(words: Iterable[str], accepted: Iterable[str]) -> frozenset[str]:
+    """Those that were accepted: `acl` is `acls`."""
+    said = {word.strip().rstrip("s") for word in accepted}
+    return frozenset(word for word in words if word.rstrip("s") in said)
+
+
 def check(losses: Iterable[Loss], accepted: Iterable[str], *, subject: str) -> None:
     """Raises PreconditionFailed with the list of those that were not accepted by name."""
-    named = {word.strip().rstrip("s") for word in accepted}
-    refused = [loss for loss in losses if loss.kind.rstrip("s") not in named]
+    every = list(losses)
+    fine = named((loss.kind for loss in every), accepted)
+    refused = [loss for loss in every if loss.kind not in fine]
     if refused:
         raise PreconditionFailed(
             "the move would lose something: " + "; ".join(loss.text for loss in refused),

@@ -20,9 +20,10 @@ from volumed.core.mounts import describe_each
 from volumed.core.presence import Observed
 from volumed.driver import BlockDriver, FilesystemDriver, SupportsCapacity
 from volumed.errors import CapacityExhausted, HostError, IntegrityError, InUse, NotFound, VolumedError
-from volumed.migration.losses import check, of_tree, take_census
+from volumed.migration.losses import check, named, of_tree, take_census
 from volumed.migration.movers.block import BlockMover
 from volumed.migration.movers.mover import Control, Mover, Round, Stopped, Writers
+from volumed.migration.movers.tree import TreeMover
 from volumed.migration.places import OtherPlace, at, device_of, source_and_target
 from volumed.migration.records import Records
 from volumed.model import Binding, Engine, Migration, MigrationPhase, MovePath, Volume, VolumeState, now
@@ -30,7 +31,6 @@ from volumed.store.repository import Transaction
 from volumed.testing import crash
 
 _log = logging.getLogger(__name__)
-MOVERS: dict[MovePath, type[Mover]] = {MovePath.BLOCK: BlockMover}
 # Of a volume that is in use and whose users are not to be stopped: how often it is looked whether they are gone.
 WAITING = 1.0
 NEARLY_NOTHING = 1 << 20
@@ -164,8 +164,16 @@ class Move:
         """Both places present, and what carries the data between them."""
         if self._mover is None:
             sides = self._sides()
-            self._mover = MOVERS[self.migration.path](sides.source, sides.target, self._place().workdir)
+            self._mover = self._mover_between(sides)
         return self._mover
+
+    def _mover_between(self, sides: Sides) -> Mover:
+        workdir = self._place().workdir
+        if self.migration.path is MovePath.BLOCK:
+            return BlockMover(sides.source, sides.target, workdir)
+        driver = self._core.backends.get(self.migration.target.backend).driver
+        missing = driver.cannot_hold if isinstance(driver, FilesystemDriver) else frozenset()
+        return TreeMover(sides.source, sides.target, workdir, losses=named(missing, self.migration.accepted))
 
     def _sides(self) -> Sides:
         with self._locked() as volume:

@@ -105,6 +105,11 @@ def _no_blocks_of(volume: Volume, *, in_use: bool, wish: Wish) -> str:
         return f"its file system is {volume.filesystem}, and {wish.filesystem} is asked for"
     if volume.filesystem == "btrfs":
         return "two devices with one btrfs on them must never be seen by one kernel"
+    if wish.size is not None and wish.size > (volume.size or 0):
+        try:
+            filesystems.get(volume.filesystem or "").require_growth()
+        except NotSupported as error:
+            return f"its file system could not grow there: {error.text}"
     if in_use:
         return "it is in use, and its blocks would have to be read again while everybody waits"
     return ""

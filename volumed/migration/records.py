@@ -81,7 +81,8 @@ class Records:
         over = msgspec.structs.replace(
             current, phase=MigrationPhase.ROLLED_BACK, phases=(*current.phases, (MigrationPhase.ROLLED_BACK, now()))
         )
-        transaction.put(over, previous=current)
+        transaction.put(over)
+        transaction.expect.pop(f"places/{migration.source.stored_as}", None)  # it goes from the one to the other
 
     def _tell(self, migration: Migration) -> None:
         words = {MigrationPhase.FAILED: f"failed: {migration.error}", MigrationPhase.KEPT: "done; the source is kept"}

@@ -49,17 +49,18 @@ class BlockMover(Mover):
         return self._chunks
 
     def estimate(self, control: Control) -> Estimate:
-        return Estimate(sum(extent.length for extent in self._data()))
+        return self._reading()
 
-    def _data(self) -> list[Extent]:
-        found = data_extents(self.source)
-        return [Extent(0, size_of(self.source))] if found is None else found
+    def _reading(self) -> Estimate:
+        """What a round over everything reads: whole chunks."""
+        chunks = self._opened()
+        return Estimate(sum(map(chunks.length, _touched(data_extents(self.source), chunks))))
 
     def watch(self) -> None:
         self._suspect = True
 
     def pending(self) -> Estimate | None:
-        return Estimate(sum(extent.length for extent in self._data())) if self._suspect else Estimate(0)
+        return self._reading() if self._suspect else Estimate(0)
 
     # Copying
     def round(self, control: Control, *, last: bool = False) -> Round:
