@@ -231,15 +231,14 @@ class Controller:
     def list_snapshots(self, request: csi.ListSnapshotsRequest) -> csi.ListSnapshotsResponse:
         page = read_page("snapshots", max_entries=request.max_entries, starting_token=request.starting_token)
 
-        def look(after: str, limit: int | None) -> list[Snapshot]:
+        def look(after: str, limit: int) -> list[Snapshot]:
             if request.snapshot_id:
                 one = self._core.repository.snapshot_by_id(request.snapshot_id)
                 fits = one is not None and request.source_volume_id in ("", one.volume_id) and one.id > after
                 return [one] if one is not None and fits else []
             if request.source_volume_id:
                 of_volume = self._core.repository.snapshots(VolumeId(request.source_volume_id))
-                later = [snapshot for snapshot in of_volume if snapshot.id > after]
-                return later if limit is None else later[:limit]
+                return [snapshot for snapshot in of_volume if snapshot.id > after][:limit]
             return self._core.repository.snapshots_in_order(after=after, limit=limit)
 
         found, token = take(page, "snapshots", look, lambda each: each.id)
