@@ -101,6 +101,9 @@ class Host(ABC):
     Every method is bounded by the request's deadline (`volumed.context`). Errors: HostError and its kinds.
     """
 
+    # This daemon's own folder, for what a driver keeps or mounts beside its volumes; empty after a boot.
+    runtime_dir: Path = Path("/run/volumed")
+
     @abstractmethod
     def run(
         self,

@@ -115,6 +115,9 @@ class Driver(ABC):
         Raises BackendUnavailable or ConfigError when it cannot be used at all. Called at start and on a timer.
         """
 
+    def leave(self) -> None:  # noqa: B027 (most have nothing to undo)
+        """Undo what `probe` made present on this machine, which goes down: no volume is used on it any more."""
+
     @abstractmethod
     def create(self, spec: VolumeSpec) -> CreatedVolume:
         """Make the volume, empty. The same id again returns the same volume, finishing what was half made.
@@ -160,6 +163,11 @@ class FilesystemDriver(Driver):
     def owns_mount(self, handle: Handle, target: Path) -> bool:
         """Whether what is mounted at `target` is this volume. Overridden where a cheap look can tell."""
         return self.host.is_mountpoint(target)
+
+    def needs_remount(self, handle: Handle, number: int) -> bool:
+        """Whether the errno that a look at the mounted tree told, ESTALE or ENOTCONN, lasts until it is mounted anew.
+        Asked where `remote` is set."""
+        return True
 
 
 class BlockDriver(Driver):

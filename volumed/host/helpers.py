@@ -1,6 +1,6 @@
 """Processes that hold a mount or a device, and so outlive the daemon: FUSE clients, block exporters.
 
-Each has a folder of its own below RUNTIME_DIR/helpers: what was started, its pid and when that was born (a pid is used
+Each has a folder of its own below the runtime folder: what was started, its pid and when that was born (a pid is used
 again, both together are not), and its log. Where systemd runs, the process lives in a scope of its own, so that
 stopping or upgrading volumed does not touch it; elsewhere in a session of its own.
 """

@@ -19,13 +19,12 @@ from volumed.host.worker import start as start_worker
 
 FICLONE = 0x40049409
 BLKROSET = 0x125D
-RUNTIME_DIR = Path("/run/volumed")
 UNMOUNT_TIMEOUT = 30.0
 
 
 class LinuxHost(Host):
-    def __init__(self, runtime_dir: Path = RUNTIME_DIR) -> None:
-        """`runtime_dir` is empty after a boot; each daemon on a machine has its own."""
+    def __init__(self, runtime_dir: Path = Host.runtime_dir) -> None:
+        self.runtime_dir = runtime_dir
         self._table = mounts.MountTable()
         self._helpers = Helpers(runtime_dir / "helpers")
 
