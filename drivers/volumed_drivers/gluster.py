@@ -62,6 +62,9 @@ class GlusterDriver(RemoteFolders):
         assert isinstance(options, GlusterOptions)
         self._options = options
 
+    def _identity(self) -> str:
+        return self._server()
+
     def _server(self) -> str:
         return f"Gluster volume {self._options.volume} of {', '.join(self._options.servers)}"
 
@@ -89,14 +92,14 @@ class GlusterDriver(RemoteFolders):
             time.sleep(0.02)
 
     def _answers(self, top: Path) -> bool:
-        """The mount is there before the client has found its bricks."""
+        """The mount is there before the client has found its bricks, and for a moment when it finds no server."""
         if not self.host.is_mountpoint(top):
             return False
         try:
             self.host.tree_status(top, timeout=self._timeout)
         except (MountFailed, DeadlineExceeded):
             return False
-        return True
+        return self._attached(top)
 
     def _explained(self, said: str, *, ended: bool) -> VolumedError:
         """What the client logs, in the words of whoever has to do something about it."""
@@ -108,7 +111,7 @@ class GlusterDriver(RemoteFolders):
             )
         if "DNS resolution failed" in said or "getaddrinfo failed" in said:
             return BackendUnavailable(f"the name of {names} cannot be resolved", subject=subject, hint="look at DNS")
-        if "Connection refused" in said or "failed to connect with remote-host" in said:
+        if "Connection refused" in said or "received signum (1)" in said:  # it ends itself so when nobody is there
             return BackendUnavailable(
                 f"no glusterd listens at {names}", subject=subject, hint="start it there, or look at the network"
             )
@@ -138,7 +141,8 @@ class GlusterDriver(RemoteFolders):
         super()._renew()
 
     def needs_remount(self, handle: Handle, number: int) -> bool:
-        return number == errno.ESTALE or not self._attached(self._top)
+        clients = self.host.helpers(f"gluster-{self.backend}-")  # of earlier settings as well
+        return number == errno.ESTALE or not all(client.running for client in clients)
 
     def _entry(self, target: Path) -> MountEntry | None:
         table = reversed(self.host.mounts())

@@ -55,6 +55,9 @@ class NfsDriver(RemoteFolders):
             words.append(f"port={options.port}")
         self._words = (*words, *(word for word in options.mount_options.split(",") if word))
 
+    def _identity(self) -> str:
+        return " ".join((self._exported, *self._words))
+
     def _server(self) -> str:
         return f"NFS server {self._exported}"
 

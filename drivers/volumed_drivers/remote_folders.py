@@ -14,6 +14,7 @@ killed at its deadline: a server that is gone keeps no thread of the daemon, and
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import re
@@ -95,10 +96,8 @@ class RemoteFolders(FilesystemDriver, SupportsExpand, SupportsCapacity):
         self._quota_command = options.quota_command
         self._timeout = options.timeout
         self._below = options.path.strip("/")
-        # Another server is another place: the mount table does not always tell one name of a server from another.
         self._place = host.runtime_dir / "backends" / backend
-        self._top = self._place / sha256(options.model_dump_json().encode()).hexdigest()[:12]
-        self._attaching = threading.Lock()
+        self._attaching, self._limiting = threading.Lock(), threading.Lock()
 
     # What each kind has of its own
     @abstractmethod
@@ -114,6 +113,10 @@ class RemoteFolders(FilesystemDriver, SupportsExpand, SupportsCapacity):
         """Undo `_attach`, be the server there or not."""
 
     @abstractmethod
+    def _identity(self) -> str:
+        """What makes the mount of the whole tree another one."""
+
+    @abstractmethod
     def _server(self) -> str:
         """Which server and what of it, for errors."""
 
@@ -122,6 +125,11 @@ class RemoteFolders(FilesystemDriver, SupportsExpand, SupportsCapacity):
         """The path of a volume's tree as the server knows it."""
 
     # The backend's own mount
+    @functools.cached_property
+    def _top(self) -> Path:
+        """Another server is another place: the mount table does not always tell one name of a server from another."""
+        return self._place / sha256(self._identity().encode()).hexdigest()[:12]
+
     @property
     def _root(self) -> Path:
         return self._top / self._below if self._below else self._top
@@ -262,7 +270,8 @@ class RemoteFolders(FilesystemDriver, SupportsExpand, SupportsCapacity):
         assert self._quota_command is not None
         words = ["clear", self._on_server(handle)] if size is None else ["set", self._on_server(handle), str(size)]
         try:
-            self.host.run([self._quota_command, *words], timeout=QUOTA_TIMEOUT)
+            with self._limiting:  # many a server refuses a second change of its quotas while it makes one
+                self.host.run([self._quota_command, *words], timeout=QUOTA_TIMEOUT)
         except CommandFailed as error:
             raise BackendUnavailable(
                 f"the quota cannot be set: {error.stderr.strip() or error.text}", subject=f"backend {self.backend}"

@@ -22,7 +22,8 @@ class NfsServer:
         sh("ip", "link", "set", "lo", "up")
         TOP.mkdir(parents=True, exist_ok=True)
         sh("modprobe", "nfsd")
-        sh("mount", "-t", "nfsd", "nfsd", "/proc/fs/nfsd")
+        if not Path("/proc/fs/nfsd/threads").exists():
+            sh("mount", "-t", "nfsd", "nfsd", "/proc/fs/nfsd")
         sh("rpc.mountd", "-N", "2", "-N", "3")
 
     def export(self, name: str, options: str = "no_root_squash") -> Path:
