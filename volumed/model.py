@@ -344,6 +344,7 @@ class Migration(Record, frozen=True, kw_only=True, omit_defaults=True):
     bandwidth: int = 0  # bytes a second; 0: no limit
     max_pause: float | None = None  # seconds; None: whatever it takes
     keep_source: float = 0.0  # seconds
+    wait: bool = False  # until nobody uses it, instead of holding its users still
     accepted: tuple[str, ...] = ()  # what may be lost
     paused: bool = False
     attempt: int = 0  # how often it failed and was begun again

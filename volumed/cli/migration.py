@@ -36,6 +36,7 @@ FAILED = 1
 @click.option("--fs", default="", help="File system at its new place; default: as it is.")
 @click.option("--bandwidth", metavar="SIZE", help="A second, as 200m; default: as fast as it goes.")
 @click.option("--max-pause", metavar="TIME", help="For which its users may have to wait, as 5s.")
+@click.option("--wait", is_flag=True, help="Until nobody uses it; no container is stopped.")
 @click.option("--keep-source", metavar="TIME", default="24h", show_default=True, help="For an undo.")
 @click.option("--accept-loss", default="", metavar="WORDS", help="What may be lost, as acls,hardlinks.")
 @click.option("--all-from", metavar="BACKEND", help="All volumes of a backend, instead of one.")
@@ -71,6 +72,7 @@ def _body(
     fs: str,
     bandwidth: str | None,
     max_pause: str | None,
+    wait: bool,
     keep_source: str,
     accept_loss: str,
 ) -> dict[str, Any]:
@@ -81,6 +83,7 @@ def _body(
         "filesystem": fs,
         "bandwidth": bandwidth,
         "max_pause": max_pause,
+        "wait": wait,
         "keep_source": keep_source,
         "accept_loss": [word for word in accept_loss.split(",") if word],
         "by": os.environ.get("SUDO_USER") or getpass.getuser(),

@@ -103,6 +103,7 @@ class Migrations:
             bandwidth=wish.bandwidth,
             max_pause=wish.max_pause,
             keep_source=wish.keep_source,
+            wait=wish.wait,
             accepted=wish.accept,
             expected=plan.bytes,
         )

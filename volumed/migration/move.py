@@ -19,7 +19,15 @@ from volumed.core.core import Core
 from volumed.core.mounts import describe_each
 from volumed.core.presence import Observed
 from volumed.driver import BlockDriver, FilesystemDriver, SupportsCapacity
-from volumed.errors import CapacityExhausted, HostError, IntegrityError, InUse, NotFound, VolumedError
+from volumed.errors import (
+    CapacityExhausted,
+    HostError,
+    IntegrityError,
+    InUse,
+    NotFound,
+    PreconditionFailed,
+    VolumedError,
+)
 from volumed.migration.losses import check, named, of_tree, take_census
 from volumed.migration.movers.block import BlockMover
 from volumed.migration.movers.mover import Control, Mover, Round, Stopped, Writers
@@ -34,6 +42,8 @@ _log = logging.getLogger(__name__)
 # Of a volume that is in use and whose users are not to be stopped: how often it is looked whether they are gone.
 WAITING = 1.0
 NEARLY_NOTHING = 1 << 20
+# Rounds after which what is left will not become less.
+MOST_ROUNDS = 30
 
 StopWriters = Callable[[Volume, list[Binding]], Writers | None]
 
@@ -215,22 +225,48 @@ class Move:
 
     # Holding still
     def _converge(self) -> None:
-        """Rounds while it is in use; then whoever writes is stopped, or waited for."""
-        mover = self._open()
+        """Rounds while it is in use, each proven at once; then whoever writes is held still, or waited for."""
+        mover, rounds = self._open(), 0
         while others := self._others(self._volume()):
-            spent = self._copy(mover).seconds if self.migration.path is MovePath.TREE else 0.0
-            writers = self._stop_writers(self._volume(), others)
-            if writers is not None and self._fits(mover):
-                self._with_writers_held(writers)
+            spent = 0.0
+            if self.migration.path is MovePath.TREE:
+                spent, rounds = self._copy(mover).seconds, rounds + 1
+                self._prove()
+            reason = self._hold_and_finish(mover, others, rounds)
+            if not reason:
                 return
-            self.step = Step("waiting until nobody uses it", 0, 0, time.monotonic())
+            self.step = Step(f"waiting until nobody uses it{reason}".strip(), 0, 0, time.monotonic())
             self._wait(WAITING + 2 * spent)
-        self._last_round(held=b"")
+        self._last_round(known=frozenset())
 
-    def _fits(self, mover: Mover) -> bool:
-        """Whether what is left is quickly done, as far as can be told."""
-        limit, left = self.migration.max_pause, mover.pending()
-        return limit is None or left is None or left.bytes / (100 << 20) + left.files / 4000 < limit
+    def _hold_and_finish(self, mover: Mover, others: list[Binding], rounds: int) -> str:
+        """Why its users cannot be held still now; empty when they were, and all is done. Raises PreconditionFailed when
+        the pause would be longer than it may be, however often the rounds go on."""
+        writers = None if self.migration.wait else self._stop_writers(self._volume(), others)
+        if writers is None:
+            return " "
+        predicted, limit = self._predicted(mover), self.migration.max_pause
+        if limit is not None and predicted > limit:
+            if rounds >= MOST_ROUNDS:
+                raise PreconditionFailed(
+                    f"so much changes that its users would wait about {predicted:.1f} s, and {limit:g} s are the limit",
+                    subject=f"volume {self.migration.volume_name}",
+                    hint="allow a longer --max-pause, or move it when less is written",
+                )
+            return f": the pause would be {predicted:.1f} s"
+        try:
+            self._with_writers_held(writers, frozenset(held.mount_id for held in others))
+        except InUse as error:
+            if self.migration.phase is not MigrationPhase.CONVERGING:
+                raise
+            return f": {error}"
+        return ""
+
+    @staticmethod
+    def _predicted(mover: Mover) -> float:
+        """Seconds of a last round, as far as can be told: what is left is read, written, and read back."""
+        left = mover.pending()
+        return 0.0 if left is None else 0.2 + left.bytes / (50 << 20) + left.files / 2000
 
     def _wait(self, seconds: float) -> None:
         """Or until nobody uses it any more."""
@@ -239,7 +275,7 @@ class Move:
             self.control.check()
             time.sleep(0.2)
 
-    def _with_writers_held(self, writers: Writers) -> None:
+    def _with_writers_held(self, writers: Writers, known: frozenset[str]) -> None:
         plan = writers.plan()
         self.migration = self._records.change(self.migration.id, held=plan)
         crash.point("migrate.planned-hold")
@@ -247,7 +283,7 @@ class Move:
         try:
             writers.hold(plan)
             crash.point("migrate.held")
-            self._last_round(held=plan)
+            self._last_round(known=known)
             moved = True
             self.show_new_place()
         finally:
@@ -259,13 +295,14 @@ class Move:
         for line in writers.release(plan, moved=moved):
             self._core.events.publish("migration.stranded", self.migration.volume_name, line, level=logging.ERROR)
 
-    def _last_round(self, *, held: bytes) -> None:
-        """Nobody writes from here to the commit point. Who wants to mount the volume meanwhile waits for the lock."""
+    def _last_round(self, *, known: frozenset[str]) -> None:
+        """Nobody writes from here to the commit point. Who wants to mount the volume meanwhile waits for the lock.
+        `known`: holds whose consumers are held still."""
         begun = time.monotonic()
         mover = self._open()
         with self._locked() as volume:
-            others = self._others(volume)
-            if others and not held:
+            others = [held for held in self._others(volume) if held.mount_id not in known]
+            if others:
                 raise Busy(
                     "came into use",
                     subject=f"volume {volume.name}",

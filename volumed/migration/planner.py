@@ -41,6 +41,7 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
     bandwidth: int = 0
     max_pause: float | None = None
     keep_source: float = 86400.0
+    wait: bool = False  # until nobody uses it: no container is stopped
     by: str = ""
 
 

@@ -49,6 +49,7 @@ class MigrateBody(Body):
     bandwidth: Size | None = Field(default=None, description="Bytes a second; left out: as fast as it goes")
     max_pause: Seconds | None = None
     keep_source: Seconds = 86400.0
+    wait: bool = Field(default=False, description="Until nobody uses it, instead of holding its users still")
     by: str = Field(default="", max_length=100, description="Who asks, for the history")
 
     def wish(self) -> Wish:
@@ -117,6 +118,7 @@ class MigrationView(View):
     bandwidth: int
     max_pause: float | None
     keep_source: float
+    wait: bool
     accepted: list[str]
     paused: bool
     attempt: int
