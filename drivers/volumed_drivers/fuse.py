@@ -14,6 +14,8 @@ from volumed.driver import Host
 from volumed.errors import DeadlineExceeded, MountFailed
 from volumed.model import Handle
 
+# Those that no file system takes for itself.
+MOUNT_OPTIONS = frozenset({"noatime", "nodiratime", "relatime", "nosuid", "nodev", "noexec", "sync", "dirsync"})
 _POLL = 0.005  # a client needs some 30 ms; the mount table tells when it is there
 
 
@@ -30,6 +32,18 @@ def write_private(path: Path, text: str) -> None:
         file.write(text)
 
 
+def check_options(options: Sequence[str], *, subject: str) -> None:
+    """Raises MountFailed for an option that could be the client's own: another server, another key."""
+    unknown = set(options) - MOUNT_OPTIONS
+    if unknown:
+        raise MountFailed(
+            f"a volume here cannot take the option {min(unknown)!r}",
+            errno=errno.EINVAL,
+            subject=subject,
+            hint=f"it takes {', '.join(sorted(MOUNT_OPTIONS))}",
+        )
+
+
 class FuseClient:
     """`name` is the helper's, `place` where it mounts. `subject` is for errors."""
 
@@ -44,8 +58,8 @@ class FuseClient:
         return helper is not None and helper.running
 
     def start(self, argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None, timeout: float) -> None:
-        """Returns when it is in the mount table. Raises MountFailed with what it said, DeadlineExceeded; after either
-        nothing of it is left."""
+        """Returns when it is in the mount table; one that is on its way there is waited for. Raises MountFailed with
+        what it said, DeadlineExceeded; after either nothing of it is left."""
         ends = time.monotonic() + context.remaining(timeout)
         self._host.start_helper(self._name, argv, env=env)
         while not self._host.is_mountpoint(self._place):

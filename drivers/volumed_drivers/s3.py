@@ -10,7 +10,6 @@ s3fs cannot change owner and mode of the root that it mounts, but of every folde
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -33,16 +32,15 @@ from volumed.driver import (
     SupportsExpand,
     VolumeSpec,
 )
-from volumed.errors import CommandFailed, ConfigError, DeadlineExceeded, MountFailed, NotFound, NotSupported
+from volumed.errors import CommandFailed, ConfigError, DeadlineExceeded, NotFound, NotSupported
 from volumed.model import Handle, VolumeId
 from volumed.testing import crash
-from volumed_drivers.fuse import FuseClient, client_name, write_private
+from volumed_drivers.fuse import FuseClient, check_options, client_name, write_private
 from volumed_drivers.radosgw import RadosGateway
 from volumed_drivers.s3_client import S3, Access
 
 _VOLUME_ID = re.compile(r"v[0-9a-f]{32}")
 _MARK, _TREE = "volumed.json", "data/"
-_MOUNT_OPTIONS = frozenset({"noatime", "nodiratime", "relatime", "nosuid", "nodev", "noexec", "sync", "dirsync"})
 MOUNT_TIMEOUT, FINISH_TIMEOUT = 45.0, 20.0
 # s3fs's own patience with a request; its retries add up to less than MOUNT_TIMEOUT.
 _PATIENCE = ("retries=2", "connect_timeout=5", "readwrite_timeout=20")
@@ -270,14 +268,7 @@ class S3Driver(FilesystemDriver, SupportsExpand):
 
     # Mounting
     def mount(self, handle: Handle, target: Path, *, options: Sequence[str], readonly: bool) -> None:
-        unknown = set(options) - _MOUNT_OPTIONS
-        if unknown:
-            raise MountFailed(
-                f"an S3 volume cannot take the option {min(unknown)!r}",
-                errno=errno.EINVAL,
-                subject=self._subject,
-                hint=f"it takes {', '.join(sorted(_MOUNT_OPTIONS))}",
-            )
+        check_options(options, subject=self._subject)
         bucket, base = self._place(handle)
         self._present(bucket, base)
         name = client_name("s3", handle, target)

@@ -1,0 +1,341 @@
+"""A subvolume per volume on a CephFS, with its quota; snapshots and clones by the manager; mounted by kernel or FUSE.
+
+GROUP/<volume id>                        a subvolume; its metadata tells that it is finished, and the mark
+GROUP/<volume id>, snapshot <id>         a snapshot; its handle is <volume id>@<snapshot id>
+GROUP/<volume id>, snapshot of-<id>      what the volume <id> is being copied from
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from volumed.driver import (
+    Capability,
+    Capacity,
+    CreatedVolume,
+    Facts,
+    FilesystemDriver,
+    Found,
+    FoundSnapshot,
+    Host,
+    Options,
+    Probe,
+    SupportsCapacity,
+    SupportsClone,
+    SupportsExpand,
+    SupportsSnapshots,
+    VolumeSpec,
+)
+from volumed.errors import BackendUnavailable, ConfigError, NotFound, OperationPending
+from volumed.model import Handle, SnapshotId, VolumeId
+from volumed.testing import crash
+from volumed_drivers.ceph import CephOptions, Cluster
+from volumed_drivers.cephfs_volumes import State, Subvolume, Subvolumes
+from volumed_drivers.fuse import FuseClient, check_options, client_name, write_private
+
+_VOLUME_ID = re.compile(r"v[0-9a-f]{32}")
+_SNAPSHOT_ID = re.compile(r"s[0-9a-f]{32}")
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+MOUNT_TIMEOUT, FINISH_TIMEOUT = 60.0, 30.0
+
+
+class CephFsOptions(CephOptions):
+    filesystem: str = Field(pattern=_NAME, description="Name of the CephFS")
+    group: str = Field(default="volumed", pattern=_NAME, description="Subvolume group of the volumes; made if missing")
+    mount_with: str = Field(
+        default="auto",
+        pattern="^(auto|kernel|fuse)$",
+        description="What mounts: `kernel`, `fuse` (ceph-fuse); `auto`: the kernel where it can",
+    )
+
+
+class CephFsDriver(FilesystemDriver, SupportsExpand, SupportsSnapshots, SupportsClone, SupportsCapacity):
+    BackendOptions = CephFsOptions
+    capabilities: ClassVar[frozenset[Capability]] = frozenset(
+        {Capability.SIZE, Capability.SNAPSHOT_LIVE, Capability.CLONE_LIVE, Capability.MULTI_NODE}
+    )
+    remote: ClassVar[bool] = True
+    cannot_hold: ClassVar[frozenset[str]] = frozenset({"sparse"})  # a hole counts against the quota
+
+    def __init__(self, backend: str, options: Options, host: Host) -> None:
+        super().__init__(backend, options, host)
+        assert isinstance(options, CephFsOptions)
+        self._options = options
+        self._subject = f"backend {backend}"
+        self._cluster = Cluster(host, options, backend=backend)
+        self._volumes = Subvolumes(
+            self._cluster, filesystem=options.filesystem, group=options.group, subject=self._subject
+        )
+        self._pool = ""  # of the data
+        self._kernel: bool | None = None
+
+    def probe(self) -> Probe:
+        found = {each["name"]: each for each in self._cluster.command("fs ls")}
+        if self._options.filesystem not in found:
+            raise BackendUnavailable(
+                f"there is no CephFS {self._options.filesystem}",
+                subject=self._subject,
+                hint=f"there are: {', '.join(found)}" if found else "make it with `ceph fs volume create`",
+            )
+        self._pool = found[self._options.filesystem]["data_pools"][0]
+        self._kernel, reason = self._choose_client()
+        self._volumes.make_group()
+        facts = {
+            "filesystem": self._options.filesystem,
+            "group": self._options.group,
+            "user": self._options.user,
+            "mount-with": "kernel" if self._kernel else "fuse",
+        }
+        return Probe(lacking={}, facts=facts | ({"not kernel": reason} if reason else {}))
+
+    def _choose_client(self) -> tuple[bool, str]:
+        """Whether it is the kernel, and why not. Raises ConfigError when what was asked for cannot be."""
+        if self._options.mount_with == "fuse":
+            return False, ""
+        self.host.run(["modprobe", "--quiet", "ceph"], timeout=20.0, check=False)
+        known = Path("/proc/filesystems").read_text().split()
+        helper = self.host.run(["mount.ceph", "--version"], timeout=10.0, check=False) if "ceph" in known else None
+        if helper is not None:
+            return True, ""
+        reason = "this kernel has no module ceph"
+        if self._options.mount_with == "kernel":
+            raise ConfigError(reason, subject=self._subject, hint="set mount-with to fuse, or load it")
+        return False, reason
+
+    # Volumes
+    def create(self, spec: VolumeSpec) -> CreatedVolume:
+        if self._volumes.look(spec.id) is None:
+            self._volumes.create(spec.id, spec.size)
+            crash.point("cephfs.create.made")
+        return self._finish(spec.id, _note(spec.size, dict(spec.mark)))
+
+    def _finish(self, name: str, note: str) -> CreatedVolume:
+        """Give a complete subvolume the size and the mark it shall have."""
+        wanted = json.loads(note).get("size")
+        size = self._complete(name).size
+        if wanted is not None and (size is None or size < wanted):
+            self._volumes.resize(name, wanted)
+            size = wanted
+        self._volumes.note(name, note)
+        return CreatedVolume(Handle(name), size)
+
+    def _complete(self, name: str) -> Subvolume:
+        """Raises NotFound, OperationPending for one that is being filled."""
+        found = self._volumes.look(_checked(name, self._subject))
+        if found is None:
+            raise NotFound(
+                f"subvolume {self._options.group}/{name} is gone",
+                subject=self._subject,
+                hint="put it back from a backup",
+            )
+        if found.state is not State.COMPLETE:
+            raise OperationPending(f"subvolume {name} is {found.state}", subject=self._subject, hint="try again later")
+        return found
+
+    def delete(self, handle: Handle) -> None:
+        name = _checked(handle, self._subject)
+        for helper in self.host.helpers(f"cephfs-{name}-"):
+            if not helper.running:
+                self.host.stop_helper(helper.name)
+        found = self._volumes.look(name)
+        if found is None:
+            return
+        if found.state is State.PENDING:
+            self._volumes.cancel_clone(name)
+        self._volumes.remove(name)
+        crash.point("cephfs.delete.removed")
+        self._forget_copies_for(name)
+
+    def _forget_copies_for(self, target: str) -> None:
+        """What a copy for this volume, never finished, left on its source."""
+        for name in self._names():
+            if f"of-{target}" in self._volumes.snapshots(name):
+                self._volumes.remove_snapshot(name, f"of-{target}")
+
+    def inspect(self, handle: Handle) -> Facts:
+        found = self._complete(handle)
+        return Facts(size=found.size, used=found.used)
+
+    def _names(self) -> list[str]:
+        return [name for name in self._volumes.names() if _VOLUME_ID.fullmatch(name)]
+
+    def list(self) -> Iterable[Found]:
+        for name in self._names():
+            note = self._volumes.read_note(name)
+            yield Found(Handle(name), VolumeId(name), _mark(note), whole=note is not None)
+
+    def find(self, volume_id: VolumeId) -> Handle | None:
+        return Handle(volume_id) if self._volumes.look(_checked(volume_id, self._subject)) is not None else None
+
+    def expand(self, handle: Handle, size: int) -> int:
+        there = self._complete(handle).size
+        if there is not None and there >= size:
+            return there
+        self._volumes.resize(handle, size)
+        return size
+
+    def capacity(self) -> Capacity:
+        return Capacity(*self._cluster.call("rbd_images.capacity", pool=self._pool))
+
+    # Snapshots and clones
+    def snapshot(self, handle: Handle, snapshot_id: SnapshotId) -> Handle:
+        self._volumes.take_snapshot(_checked(handle, self._subject), snapshot_id)
+        return Handle(f"{handle}@{snapshot_id}")
+
+    def delete_snapshot(self, snapshot: Handle) -> None:
+        self._volumes.remove_snapshot(*_parts(snapshot))
+
+    def list_snapshots(self) -> Iterable[FoundSnapshot]:
+        for name in self._names():
+            for snapshot in self._volumes.snapshots(name):
+                if _SNAPSHOT_ID.fullmatch(snapshot):
+                    yield FoundSnapshot(Handle(f"{name}@{snapshot}"), SnapshotId(snapshot))
+
+    def restore(self, handle: Handle, snapshot: Handle) -> None:
+        """The subvolume goes, its snapshots stay, and it is filled from one of them: the wanted state is there all the
+        time. What it was for is kept with the snapshot meanwhile."""
+        name, snapshot_name = _parts(snapshot)
+        found = self._volumes.look(name)
+        if found is not None and found.state is State.COMPLETE:
+            if self._volumes.read_snapshot_note(name, snapshot_name) is None:
+                note = _note(found.size, _mark(self._volumes.read_note(name)))
+                self._volumes.note_snapshot(name, snapshot_name, note)
+                crash.point("cephfs.restore.noted")
+            self._volumes.remove(name, keep_snapshots=True)
+            crash.point("cephfs.restore.removed")
+        if found is None or found.state is not State.PENDING:
+            self._volumes.clone(name, snapshot_name, name)
+            crash.point("cephfs.restore.begun")
+        self._volumes.wait_for_clone(name)
+        note_kept = self._volumes.read_snapshot_note(name, snapshot_name)
+        self._finish(name, note_kept or _note(None, {}))
+        crash.point("cephfs.restore.finished")
+        self._volumes.forget_snapshot_note(name, snapshot_name)
+
+    def create_from_snapshot(self, snapshot: Handle, spec: VolumeSpec) -> CreatedVolume:
+        return self._copy(*_parts(snapshot), spec)
+
+    def clone(self, source: Handle, spec: VolumeSpec) -> CreatedVolume:
+        snapshot = f"of-{spec.id}"
+        if self._volumes.look(spec.id) is None:
+            self._complete(source)
+            self._volumes.take_snapshot(source, snapshot)
+            crash.point("cephfs.clone.snapshot")
+        made = self._copy(source, snapshot, spec)
+        self._volumes.remove_snapshot(source, snapshot)
+        return made
+
+    def _copy(self, source: str, snapshot: str, spec: VolumeSpec) -> CreatedVolume:
+        found = self._volumes.look(spec.id)
+        if found is not None and found.state is State.FAILED:
+            self._volumes.remove(spec.id)
+            found = None
+        if found is None:
+            self._volumes.clone(source, snapshot, spec.id)
+            crash.point("cephfs.copy.begun")
+        if found is None or found.state is not State.COMPLETE:
+            self._volumes.wait_for_clone(spec.id)
+            crash.point("cephfs.copy.filled")
+        return self._finish(spec.id, _note(spec.size, dict(spec.mark)))
+
+    # Mounting
+    def mount(self, handle: Handle, target: Path, *, options: Sequence[str], readonly: bool) -> None:
+        check_options(options, subject=self._subject)
+        found = self._complete(handle)
+        if self._kernel is None:
+            self._kernel, _ = self._choose_client()
+        if self._kernel:
+            self._mount_by_kernel(handle, found, target, options, readonly=readonly)
+        else:
+            self._mount_by_fuse(handle, found, target, options, readonly=readonly)
+
+    def _mount_by_kernel(
+        self, handle: Handle, found: Subvolume, target: Path, options: Sequence[str], *, readonly: bool
+    ) -> None:
+        """mount.ceph(8) gives the key to the kernel's keyring; as an option it would stay readable."""
+        folder = self.host.private_folder(client_name("cephfs", handle, target))
+        write_private(folder / "key", self._cluster.key())
+        words = [f"name={self._options.user}", f"secretfile={folder / 'key'}", f"fs={self._options.filesystem}"]
+        try:
+            self.host.mount_network(
+                f"{','.join(found.monitors)}:{found.path}",
+                target,
+                fstype="ceph",
+                options=[*words, "recover_session=clean", *options],
+                readonly=readonly,
+                timeout=MOUNT_TIMEOUT,
+            )
+        finally:
+            (folder / "key").unlink()
+            folder.rmdir()
+
+    def _mount_by_fuse(
+        self, handle: Handle, found: Subvolume, target: Path, options: Sequence[str], *, readonly: bool
+    ) -> None:
+        client = self._client(handle, target)
+        if client.running():
+            client.finish(timeout=FINISH_TIMEOUT)  # of the mount before; it may still write
+        folder = self.host.private_folder(client_name("cephfs", handle, target))
+        keyring = folder / "keyring"
+        write_private(keyring, f"[client.{self._options.user}]\n\tkey = {self._cluster.key()}\n")
+        words = [f"fsname=ceph:{found.path}", *options, *(["ro"] if readonly else [])]
+        try:
+            argv = [*self._argv(keyring, found.path), "-o", ",".join(words), target]
+            client.start(argv, timeout=MOUNT_TIMEOUT)
+        finally:
+            keyring.unlink()  # ceph-fuse has read it before it mounts
+            folder.rmdir()
+
+    def _argv(self, keyring: Path, path: str) -> Iterable[str | Path]:
+        options = self._options
+        yield from ("ceph-fuse", "-f", "--id", options.user, "-k", keyring, "-r", path)
+        yield f"--client_fs={options.filesystem}"
+        yield from ("-c", options.conf if options.conf.exists() else "/dev/null")
+        if options.monitors:
+            yield from ("-m", options.monitors)
+        yield f"--client_mount_timeout={options.timeout}"
+        yield from ("--log_file=", "--admin_socket=", "--pid_file=")
+        yield from ("--client_acl_type=posix_acl", "--fuse_default_permissions=false")
+
+    def _client(self, handle: Handle, target: Path) -> FuseClient:
+        return FuseClient(self.host, client_name("cephfs", handle, target), target, subject=self._subject)
+
+    def unmount(self, handle: Handle, target: Path) -> None:
+        """ceph-fuse still holds what was written a moment ago: it is waited for, and never killed."""
+        self.host.unmount_network(target)
+        if self.host.helper(client_name("cephfs", handle, target)) is not None:
+            self._client(handle, target).finish(timeout=FINISH_TIMEOUT)
+
+    def owns_mount(self, handle: Handle, target: Path) -> bool:
+        entry = next((entry for entry in reversed(self.host.mounts()) if entry.target == target), None)
+        return entry is not None and f":/volumes/{self._options.group}/{handle}/" in entry.source
+
+
+def _checked(name: str, subject: str) -> str:
+    if not _VOLUME_ID.fullmatch(name):
+        raise NotFound(f"{name[:60]!r} is no volume of this driver", subject=subject)
+    return name
+
+
+def _parts(snapshot: Handle) -> tuple[str, str]:
+    """Volume and snapshot."""
+    name, _, snapshot_id = snapshot.partition("@")
+    return name, snapshot_id
+
+
+def _note(size: int | None, mark: dict[str, str]) -> str:
+    return json.dumps({"size": size, "mark": mark})
+
+
+def _mark(note: str | None) -> dict[str, str]:
+    try:
+        read: Any = json.loads(note or "{}").get("mark", {})
+    except (ValueError, AttributeError):
+        return {}
+    return {str(key): str(value) for key, value in read.items()} if isinstance(read, dict) else {}
