@@ -61,6 +61,8 @@ def test_shown_sizes_are_read_again(number: int, unit: str) -> None:
         size = parse_size(text)
     except InvalidRequest:
         return  # too large
+    if size > MAX_SIZE * 0.99:
+        return  # shown as 8 EiB, which is one byte more than there can be
     assert abs(parse_size(format_size(size).replace(" ", "")) - size) <= size * 0.05
 
 
