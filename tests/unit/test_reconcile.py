@@ -22,6 +22,11 @@ def test_nothing_foreign_is_ever_touched() -> None:
     assert {action for (_, observed), action in TABLE.items() if observed is Observed.FOREIGN} == {Action.REPORT}
 
 
+def test_what_lost_its_device_is_left_to_its_users() -> None:
+    assert TABLE[Desired.BOUND, Observed.LOST] is Action.NAME
+    assert TABLE[Desired.UNBOUND, Observed.LOST] is Action.UNMOUNT
+
+
 def test_nothing_bound_is_ever_unmounted() -> None:
     assert Action.UNMOUNT not in {action for (desired, _), action in TABLE.items() if desired is Desired.BOUND}
 

@@ -144,7 +144,7 @@ class Doctor:
             finding = Finding(
                 id=f"{kind}:{volume_id}", kind=kind, subject=f"volume {volume.name}", text=text, action=remedy
             )
-            fixable = action is not Action.REPORT
+            fixable = action not in (Action.REPORT, Action.NAME)
             yield _Case(finding, partial(self._reconciler.converge, volume_id) if fixable else None)
 
     def _strangers(self) -> Iterator[_Case]:
@@ -270,6 +270,7 @@ class Doctor:
 _MACHINE = {
     Action.MOUNT: ("not-mounted", "is bound and not mounted", "mount it"),
     Action.UNMOUNT: ("not-bound", "is present on this node and nobody is bound to it", "unmount it"),
+    Action.NAME: ("lost-device", "its device has gone from this machine", "stop what uses it"),
     Action.REPORT: ("foreign-mount", "something else is mounted at its path", "look at it, and unmount it by hand"),
 }
 

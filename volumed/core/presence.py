@@ -38,6 +38,7 @@ class Observed(enum.StrEnum):
     MAPPED = "mapped"  # the device is there, the mount is not
     MOUNTED = "mounted"
     DEAD = "dead"  # mounted, and its server has forgotten it, or the process that served it has ended
+    LOST = "lost"  # mounted, and its device has gone from under it
     FOREIGN = "foreign"  # something else lies at the volume's path
 
 
@@ -84,22 +85,30 @@ class Presence:
                 return Observed.ABSENT
             if not driver.owns_mount(handle, target):
                 return Observed.FOREIGN
-            return Observed.DEAD if driver.remote and self._is_dead(driver, handle, target) else Observed.MOUNTED
+            return Observed.DEAD if driver.remote and self._is_dead(target) else Observed.MOUNTED
         if not isinstance(driver, BlockDriver):
             raise TypeError(type(driver).__name__)
         device = driver.mapped(handle)
         if not self.host.is_mountpoint(target):
             return Observed.ABSENT if device is None else Observed.MAPPED
-        if device is None or not self._is_of(volume, target, device):
-            return Observed.FOREIGN
-        return Observed.MOUNTED
+        if device is None:
+            return Observed.LOST if self._is_lost(volume, target) else Observed.FOREIGN
+        return Observed.MOUNTED if self._is_of(volume, target, device) else Observed.FOREIGN
 
-    def _is_dead(self, driver: FilesystemDriver, handle: Handle, target: Path) -> bool:
+    def _is_lost(self, volume: Volume, target: Path) -> bool:
+        """Whether what is mounted lies on a device that the machine no longer has: a disk that was pulled."""
+        if volume.mode is VolumeMode.BLOCK:
+            number = target.stat().st_rdev
+            return not Path("/sys/dev/block", f"{os.major(number)}:{os.minor(number)}").exists()
+        entry = next((entry for entry in reversed(self.host.mounts()) if entry.target == target), None)
+        return entry is not None and entry.source.startswith("/dev/") and not Path(entry.source).exists()
+
+    def _is_dead(self, target: Path) -> bool:
         """Raises DeadlineExceeded when its server does not answer: that is not dead yet."""
         try:
             self.host.tree_status(target)
         except MountFailed as error:
-            return error.errno in _DEAD and driver.needs_remount(handle, error.errno)
+            return error.errno in _DEAD
         return False
 
     def _is_of(self, volume: Volume, target: Path, device: Path) -> bool:
@@ -159,6 +168,12 @@ class Presence:
             driver.unmount(handle_of(volume), self.path(volume.id))
             self._remember(volume.id, mounted=False)
             return False
+        if observed is Observed.LOST:
+            raise MountFailed(
+                "its device has gone from this machine, and is mounted still",
+                subject=f"volume {volume.name}",
+                hint=f"stop what uses it (volumectl who {volume.name}), then it can be mounted anew",
+            )
         if observed is not Observed.MOUNTED:
             raise MountFailed(
                 f"something else is mounted at {self.path(volume.id)}",

@@ -17,7 +17,7 @@ from functools import partial
 from volumed.core.backends import Backend, Backends
 from volumed.core.events import Events
 from volumed.core.locks import KeyedLocks
-from volumed.core.mounts import Mounts, wanted_options
+from volumed.core.mounts import Mounts, describe_each, wanted_options
 from volumed.core.presence import Observed, Presence
 from volumed.core.reach import Reach
 from volumed.driver import BlockDriver
@@ -38,6 +38,7 @@ class Action(enum.StrEnum):
     MOUNT = "mount"
     UNMOUNT = "unmount"
     REPORT = "report"  # what lies there is not ours to touch
+    NAME = "name"  # who still uses what is lost: only they can let go of it
 
 
 TABLE: Mapping[tuple[Desired, Observed], Action] = {
@@ -45,11 +46,13 @@ TABLE: Mapping[tuple[Desired, Observed], Action] = {
     (Desired.BOUND, Observed.MAPPED): Action.MOUNT,
     (Desired.BOUND, Observed.MOUNTED): Action.NOTHING,
     (Desired.BOUND, Observed.DEAD): Action.MOUNT,
+    (Desired.BOUND, Observed.LOST): Action.NAME,
     (Desired.BOUND, Observed.FOREIGN): Action.REPORT,
     (Desired.UNBOUND, Observed.ABSENT): Action.NOTHING,
     (Desired.UNBOUND, Observed.MAPPED): Action.UNMOUNT,
     (Desired.UNBOUND, Observed.MOUNTED): Action.UNMOUNT,
     (Desired.UNBOUND, Observed.DEAD): Action.UNMOUNT,
+    (Desired.UNBOUND, Observed.LOST): Action.UNMOUNT,
     (Desired.UNBOUND, Observed.FOREIGN): Action.REPORT,
 }
 
@@ -190,6 +193,14 @@ class Reconciler:
                 f"something that is not this volume is mounted at {self._presence.path(volume.id)}",
                 level=logging.ERROR,
             )
+        elif action is Action.NAME:
+            users = ", ".join(line for binding in held for line in describe_each(binding))
+            self._events.publish(
+                "mount.lost",
+                volume.name,
+                f"its device has gone from this machine, and is used by {users}: stop them to have it mounted anew",
+                level=logging.ERROR,
+            )
 
     def _revive(self, volume: Volume) -> None:
         """Whoever had the volume before has a mount of its own of it, and that is as dead as ours was."""
@@ -217,8 +228,3 @@ class Reconciler:
                     self._presence.remove(volume, backend.driver)
             except VolumedError as error:
                 _log.error("%s", error, extra={"volume": volume.name})
-        for backend in self._backends.all():
-            try:
-                backend.driver.leave()
-            except VolumedError as error:
-                _log.error("backend %s: %s", backend.name, error, extra={"backend": backend.name})
