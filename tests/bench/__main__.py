@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.bench.csi import csi
+from tests.bench.ebs import ebs
 from tests.bench.measure import milliseconds, percentile, resident, show, spread, times
 from tests.harness.docker import PLUGINS, running_docker
 from tests.harness.processes import Process
@@ -287,7 +288,7 @@ def hanging() -> None:
             loop.detach(device)
 
 
-SECTIONS = (mounting, asking, starting, engine, crowd, hanging, csi)
+SECTIONS = (mounting, asking, starting, engine, crowd, hanging, csi, ebs)
 
 if __name__ == "__main__":
     wanted = set(sys.argv[1:])

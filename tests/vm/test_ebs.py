@@ -47,11 +47,29 @@ class Plugged(Hardware):
             self._machine.unplug(disk.replace("-", ""))
         self.plugged.discard(disk)
 
+    def pull(self, disk: str) -> None:
+        """Surprise removal: EC2 knows nothing of it."""
+        self.plugged.discard(disk)
+        self._machine.unplug(disk.replace("-", ""))
+
     def grown(self, disk: str, size: int) -> None:
         with self._file(disk).open("ab") as file:
             file.truncate(size * GIB)
         if disk in self.plugged:
             self._machine.resize(disk.replace("-", ""), size * GIB)
+
+
+SETTINGS = """
+default-backends = ["cloud"]
+reconcile-interval = "2s"
+
+[backends.cloud]
+driver = "ebs"
+endpoint = "{url}"
+metadata-endpoint = "{url}"
+access-key = "file:/etc/volumed/ec2.key"
+secret-key = "file:/etc/volumed/ec2.secret"
+"""
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -91,3 +109,40 @@ def test_the_suite_of_all_drivers(guest: Machine, tmp_path: Path) -> None:
 def test_disks_as_nitro_instances_have_them(guest: Machine, tmp_path: Path) -> None:
     with cloud(guest, tmp_path, "nvme") as (_, environment):
         run_suite(guest, environment, "-k", "nitro")
+
+
+def test_a_disk_that_is_pulled_is_named_and_comes_back(guest: Machine, tmp_path: Path) -> None:
+    guest.install()
+    with cloud(guest, tmp_path) as (ec2, environment):
+        guest.put("/etc/volumed/ec2.key", environment["EC2_KEY"].encode())
+        guest.put("/etc/volumed/ec2.secret", environment["EC2_SECRET"].encode())
+        guest.put("/etc/volumed/volumed.toml", SETTINGS.format(url=environment["VOLUMED_EC2"]).encode())
+        guest.sh("chmod 600 /etc/volumed/*; systemctl start volumed.service", timeout=300)
+        # boto3 takes its time on an emulated machine, and the first look at a backend is not waited for.
+        guest.sh(
+            "for i in $(seq 60); do volumectl backend ls | grep -q ' ok ' && exit 0; sleep 2; done; exit 1", timeout=300
+        )
+        assert guest.plugin("Create", Name="data", Opts={"size": "1g"})["Err"] == ""
+        path = guest.plugin("Mount", Name="data", ID="container-1")["Mountpoint"]
+        guest.sh(f"echo kept > {path}/file; sync")
+        (disk,) = ec2.layer.hardware.plugged  # type: ignore[attr-defined]
+        ec2.layer.hardware.pull(disk)  # type: ignore[attr-defined]
+        try:
+            assert guest.run("sh", "-c", f"echo lost > {path}/other && sync {path}/other", timeout=60).status != 0
+            refused = guest.plugin("Mount", Name="data", ID="container-2")["Err"]
+            assert "its device has gone from this machine" in refused
+            assert "volumectl who data" in refused
+            guest.sh(
+                "said='has gone from this machine, and is used by docker by mount id container-1';"
+                ' for i in $(seq 100); do journalctl --no-pager -u volumed | grep -q "$said" && exit 0; sleep 1; done;'
+                " exit 1"
+            )
+            assert "its device has gone" in guest.sh("volumectl doctor", check=False)
+            assert guest.plugin("Unmount", Name="data", ID="container-1")["Err"] == ""
+            assert guest.plugin("Mount", Name="data", ID="container-3")["Err"] == ""
+            assert guest.sh(f"cat {path}/file").strip() == "kept"
+            assert guest.plugin("Unmount", Name="data", ID="container-3")["Err"] == ""
+            assert guest.plugin("Remove", Name="data")["Err"] == ""
+            assert ec2.layer.hardware.plugged == set()  # type: ignore[attr-defined]
+        finally:
+            print(guest.sh("journalctl -b --no-pager -u volumed | tail -40", check=False))

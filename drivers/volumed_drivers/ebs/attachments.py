@@ -55,7 +55,7 @@ class Attachments:
             crash.point("ebs.attach.asked")
         elif self._is_attached(disk, machine):
             return disk
-        return self._disks.wait(handle, lambda disk: self._arrived(disk, machine), _ATTACHED)
+        return self._disks.wait(handle, lambda disk: self._arrived(disk, machine), _ATTACHED, at_once=False)
 
     def _settled(self, handle: Handle, disk: Disk | None, machine: str) -> Disk | None:
         """The disk, as soon as it is neither being made nor on its way from a machine. Raises NotFound, and InUse for
@@ -167,7 +167,7 @@ class Attachments:
         def gone(disk: Disk | None) -> bool | None:
             return True if disk is None or on(disk, machine) is None else None
 
-        self._disks.wait(handle, gone, _DETACHED)
+        self._disks.wait(handle, gone, _DETACHED, at_once=False)
         with self._lock:
             self._taken.get(machine, set()).discard(there.device)
 

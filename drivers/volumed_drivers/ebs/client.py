@@ -41,7 +41,7 @@ from volumed.errors import (
 METADATA = "http://169.254.169.254"
 DESCRIBES_PER_SECOND = 3
 _FILTER_VALUES = 200  # of one filter, says EC2
-_PAUSES = (0.3, 2.0)  # seconds between two looks at a slow change: the first, and the longest
+_PAUSES = (0.25, 2.0)  # seconds between two looks at a slow change: the first, and the longest
 _ANSWER = 100.0  # seconds for an answer of EC2, boto3's repetitions included
 
 _MUCH_LATER = 900.0
@@ -98,7 +98,7 @@ class Ec2:
         self._making = threading.Lock()
         self._client: Any = None
         self._made_of: tuple[str, ...] = ()
-        self._gate = Gate(DESCRIBES_PER_SECOND, 1.0)
+        self._gate = Gate(DESCRIBES_PER_SECOND, 1.15)  # for EC2 they may arrive closer together than they were let go
 
     @functools.cached_property
     def metadata(self) -> Metadata:
@@ -292,18 +292,21 @@ class Waited(NamedTuple):
     hint: str = ""
 
 
-def until(look: Callable[[], T | None], waited: Waited, *, subject: str) -> T:
+def until(look: Callable[[], T | None], waited: Waited, *, subject: str, at_once: bool = True) -> T:
     """What `look` finds in the end: tried again and again, each time a little later, so that callers spread.
+    `at_once`: False where EC2 was only just asked, and a first look would be wasted.
     Raises DeadlineExceeded with what `waited` says, and what `look` raises otherwise."""
     ends = time.monotonic() + context.remaining(waited.seconds)
     pause, longest = _PAUSES
     while True:
-        with contextlib.suppress(DeadlineExceeded):
-            found = look()
-            if found is not None:
-                return found
+        if at_once:
+            with contextlib.suppress(DeadlineExceeded):
+                found = look()
+                if found is not None:
+                    return found
+        at_once = True
         left = ends - time.monotonic()
         if left <= 0:
             raise DeadlineExceeded(waited.text, subject=subject, hint=waited.hint)
         time.sleep(min(left, pause * random.uniform(0.8, 1.2)))  # noqa: S311 (no secret)
-        pause = min(longest, pause * 1.5)
+        pause = min(longest, pause * 1.3)

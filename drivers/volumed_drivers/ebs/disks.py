@@ -170,9 +170,12 @@ class Disks:
         """Whatever lies in the zone and is attached nowhere."""
         return self._described({"status": ["available"], "availability-zone": [zone]})
 
-    def wait(self, handle: Handle, judge: Callable[[Disk | None], T | None], waited: Waited) -> T:
+    def wait(
+        self, handle: Handle, judge: Callable[[Disk | None], T | None], waited: Waited, *, at_once: bool = True
+    ) -> T:
         """Look at the volume until `judge` answers. Raises DeadlineExceeded, and what `judge` raises."""
-        return until(lambda: judge(self.find(handle)), waited, subject=f"volume {handle} of {self._subject}")
+        subject = f"volume {handle} of {self._subject}"
+        return until(lambda: judge(self.find(handle)), waited, subject=subject, at_once=at_once)
 
     # Changing
     def make(self, handle: Handle, tags: Mapping[str, str], generation: int, **parameters: Any) -> Disk:
@@ -227,7 +230,9 @@ class Disks:
                 raise BackendError("EC2 could not make the volume", subject=f"EBS volume {disk.id}", hint=_MADE.hint)
             return now
 
-        return disk if disk.state in ("available", "in-use") else self.wait(Handle(disk.volume_id), judge, _MADE)
+        if disk.state in ("available", "in-use"):
+            return disk
+        return self.wait(Handle(disk.volume_id), judge, _MADE, at_once=False)
 
     def delete(self, disk: Disk) -> None:
         """Gone already is success. Raises InUse while it is attached."""
