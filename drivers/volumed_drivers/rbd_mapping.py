@@ -176,9 +176,9 @@ class NbdMapper(_HelperMapper):
         return device
 
     def unmap(self, image: str) -> None:
-        device = self.find(image)
-        if device is not None:
-            self.host.check_unheld(device)
+        device, helper = self.find(image), self.host.helper(self.helper(image))
+        if device is not None and helper is not None:
+            self.host.check_unheld(device, server=helper.pid)
             self.host.run(["rbd-nbd", "unmap", device], timeout=STOP_TIMEOUT, check=False)
         self.host.stop_helper(self.helper(image), timeout=STOP_TIMEOUT)
         shutil.rmtree(self.place(image), ignore_errors=True)

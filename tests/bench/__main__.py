@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from tests.bench.ceph import ceph
 from tests.bench.csi import csi
 from tests.bench.ebs import ebs
 from tests.bench.measure import milliseconds, percentile, resident, show, spread, times
@@ -288,7 +289,7 @@ def hanging() -> None:
             loop.detach(device)
 
 
-SECTIONS = (mounting, asking, starting, engine, crowd, hanging, csi, ebs)
+SECTIONS = (mounting, asking, starting, engine, crowd, hanging, csi, ebs, ceph)
 
 if __name__ == "__main__":
     wanted = set(sys.argv[1:])

@@ -218,8 +218,9 @@ class Host(ABC):
         """Wait for the kernel's event that the device has at least `size` bytes. Raises DeadlineExceeded."""
 
     @abstractmethod
-    def check_unheld(self, device: Path) -> None:
-        """Raises InUse naming who has the device open, mounted or part of another one. Gone is success."""
+    def check_unheld(self, device: Path, *, server: int = 0) -> None:
+        """Raises InUse naming who has the device open, mounted or part of another one. Gone is success. `server`: the
+        process that the device is served by, and that does not count."""
 
     @abstractmethod
     def is_mountpoint(self, path: Path) -> bool:

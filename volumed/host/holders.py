@@ -33,16 +33,16 @@ def holders_of_mount(target: Path) -> list[str]:
     return found
 
 
-def check_device(device: Path, mounts: Sequence[MountEntry]) -> None:
+def check_device(device: Path, mounts: Sequence[MountEntry], *, server: int = 0) -> None:
     """See `volumed.driver.Host.check_unheld`."""
     ends = time.monotonic() + _MOMENT
-    while found := _holders_of_device(device, mounts):
+    while found := _holders_of_device(device, mounts, server):
         if time.monotonic() > ends:
             raise InUse("is held by", holders=found, subject=f"device {device}")
         time.sleep(0.02)
 
 
-def _holders_of_device(device: Path, mounts: Sequence[MountEntry]) -> list[str]:
+def _holders_of_device(device: Path, mounts: Sequence[MountEntry], server: int) -> list[str]:
     """An exclusive open tells of mounts, swap and devices made of it, in every namespace; /proc of the rest."""
     exclusively = False
     try:
@@ -58,7 +58,8 @@ def _holders_of_device(device: Path, mounts: Sequence[MountEntry]) -> list[str]:
     found = [f"the mount at {entry.target}" for entry in mounts if code == entry.device or node == entry.source]
     folder = Path("/sys/dev/block", code, "holders")
     found += [f"device {name}" for name in sorted(os.listdir(folder))]  # noqa: PTH208
-    found += [_named(pid) for pid in _pids(own=True) if any(_leads_to(path, number) for path in _paths(pid))]
+    pids = [pid for pid in _pids(own=True) if pid != server]
+    found += [_named(pid) for pid in pids if any(_leads_to(path, number) for path in _paths(pid))]
     return found[:MAX_NAMED] or (["a mount of another namespace, or swap"] if exclusively else [])
 
 

@@ -127,8 +127,8 @@ class LinuxHost(Host):
     def wait_for_device_size(self, device: Path, size: int, *, timeout: float) -> None:
         devices.wait_for_size(device, size, timeout=timeout)
 
-    def check_unheld(self, device: Path) -> None:
-        holders.check_device(device, self.mounts())
+    def check_unheld(self, device: Path, *, server: int = 0) -> None:
+        holders.check_device(device, self.mounts(), server=server)
 
     # Loop devices
     def attach_loop(self, backing_file: Path, *, direct_io: bool = True, readonly: bool = False) -> Path:

@@ -137,7 +137,7 @@ class FakeHost(Host):
     def wait_for_device_size(self, device: Path, size: int, *, timeout: float) -> None:
         self._called("wait_for_device_size", device, size)
 
-    def check_unheld(self, device: Path) -> None:
+    def check_unheld(self, device: Path, *, server: int = 0) -> None:
         self._called("check_unheld", device)
 
     def is_mountpoint(self, path: Path) -> bool:

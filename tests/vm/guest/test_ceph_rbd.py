@@ -82,7 +82,7 @@ def test_a_file_system_grows_in_use_and_gives_room_back(tmp_path: Path) -> None:
     driver = make()
     handle = _created(driver)
     device = driver.map(handle)
-    sh("mkfs.ext4", "-q", device)
+    sh("mkfs.ext4", "-q", "-b", "4096", device)  # in blocks of 1 KiB, groups do not lie as the objects do
     driver.host.mount(device, tmp_path, fstype="ext4")
     try:
         driver.expand(handle, 128 * MIB)

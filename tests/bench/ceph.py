@@ -1,0 +1,118 @@
+"""RBD volumes beside the bare tools that do the same: create, map, make a file system, mount; and all the way back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.bench.measure import milliseconds, percentile, show, spread
+from tests.conftest import sh
+from tests.harness.ceph import POOL, Ceph, ceph_cluster
+from tests.harness.volumed import Volumed, running_volumed
+from volumed.host import loop, mounts
+
+COUNT = 8
+SIZE = "64M"
+
+
+def ceph() -> None:
+    with (
+        ceph_cluster() as cluster,
+        tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as folder,
+        running_volumed(Path(folder, "v"), quiet=True, backends=_table(cluster)) as volumed,
+    ):
+        Path(folder, "bare").mkdir()
+        ours = [_timed(_with_volumed(volumed, number)) for number in range(COUNT + 2)][2:]
+        bare = [_timed(_by_hand(cluster, Path(folder, "bare"), number)) for number in range(COUNT + 2)][2:]
+        for title, step in (("Create, attach, mount", 0), ("and back: unmount, detach, remove", 1)):
+            mine, theirs = sorted(each[step] for each in ours), sorted(each[step] for each in bare)
+            more = percentile(mine, 50) - percentile(theirs, 50)
+            show(
+                f"{title}: an RBD image of {SIZE} with ext4, by qemu-storage-daemon",
+                [
+                    ("volumed, durable", spread(mine)),
+                    ("rbd, qemu-storage-daemon, mkfs, mount", spread(theirs)),
+                    ("difference of p50", f"{milliseconds(more)}, {100 * more / percentile(theirs, 50):+.0f} %"),
+                ],
+                goal="under 5 ms or 10 %",
+            )
+
+
+def _table(cluster: Ceph) -> str:
+    key = cluster.make_rbd_user()
+    return f'[backends.ceph]\ndriver = "ceph-rbd"\npool = "{POOL}"\nconf = "{cluster.conf}"\nkey = "file:{key}"\n'
+
+
+Steps = tuple[Callable[[], None], Callable[[], None]]
+
+
+def _timed(steps: Steps) -> tuple[float, float]:
+    measured = []
+    for step in steps:
+        begun = time.perf_counter()
+        step()
+        measured.append(time.perf_counter() - begun)
+    return measured[0], measured[1]
+
+
+def _with_volumed(volumed: Volumed, number: int) -> Steps:
+    name = f"bench{number}"
+
+    def ask(endpoint: str, **fields: Any) -> None:
+        answer = volumed.plugin(endpoint, Name=name, **fields)
+        assert not answer.error, answer
+
+    def forth() -> None:
+        ask("Create", Opts={"backend": "ceph", "size": SIZE})
+        ask("Mount", ID="bench")
+
+    def back() -> None:
+        ask("Unmount", ID="bench")
+        ask("Remove")
+
+    return forth, back
+
+
+def _by_hand(cluster: Ceph, folder: Path, number: int) -> Steps:
+    """With the user's rights and the options that volumed takes."""
+    image, file, target = f"bare{number}", folder / f"image{number}", folder / f"mounted{number}"
+    rbd = ("rbd", "-c", cluster.conf, "--id", "volumed", "--keyfile", cluster.folder / "volumed.key")
+    running: list[tuple[subprocess.Popen[bytes], Path]] = []
+
+    def forth() -> None:
+        sh(*rbd, "create", f"{POOL}/{image}", "--size", SIZE)
+        file.touch()
+        target.mkdir()
+        ready = folder / f"ready{number}"
+        process = subprocess.Popen(
+            [
+                *("qemu-storage-daemon", "--pidfile", ready),
+                *("--object", f"secret,id=key,format=base64,file={cluster.folder}/volumed.key"),
+                "--blockdev",
+                f"driver=rbd,node-name=image,pool={POOL},image={image},user=volumed,key-secret=key,conf={cluster.conf},"
+                "cache.direct=on,discard=unmap",
+                *("--export", f"type=fuse,id=export,node-name=image,mountpoint={file},writable=on,growable=off"),
+            ]
+        )
+        while not ready.exists():
+            time.sleep(0.001)
+        device = loop.attach(file, direct_io=True, readonly=False)
+        sh("mkfs.ext4", "-q", device)
+        mounts.mount(device, target, fstype="ext4", options=("discard",), readonly=False)
+        running.append((process, device))
+
+    def back() -> None:
+        process, device = running.pop()
+        mounts.unmount(target)
+        loop.detach(device)
+        os.kill(process.pid, signal.SIGTERM)
+        process.wait(30)
+        sh(*rbd, "rm", f"{POOL}/{image}", "--no-progress")
+
+    return forth, back
