@@ -85,7 +85,7 @@ class Presence:
                 return Observed.ABSENT
             if not driver.owns_mount(handle, target):
                 return Observed.FOREIGN
-            return Observed.DEAD if driver.remote and self._is_dead(target) else Observed.MOUNTED
+            return Observed.DEAD if driver.remote and self._is_dead(driver, handle, target) else Observed.MOUNTED
         if not isinstance(driver, BlockDriver):
             raise TypeError(type(driver).__name__)
         device = driver.mapped(handle)
@@ -103,12 +103,12 @@ class Presence:
         entry = next((entry for entry in reversed(self.host.mounts()) if entry.target == target), None)
         return entry is not None and entry.source.startswith("/dev/") and not Path(entry.source).exists()
 
-    def _is_dead(self, target: Path) -> bool:
+    def _is_dead(self, driver: FilesystemDriver, handle: Handle, target: Path) -> bool:
         """Raises DeadlineExceeded when its server does not answer: that is not dead yet."""
         try:
             self.host.tree_status(target)
         except MountFailed as error:
-            return error.errno in _DEAD
+            return error.errno in _DEAD and driver.needs_remount(handle, error.errno)
         return False
 
     def _is_of(self, volume: Volume, target: Path, device: Path) -> bool:

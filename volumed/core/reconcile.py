@@ -228,3 +228,8 @@ class Reconciler:
                     self._presence.remove(volume, backend.driver)
             except VolumedError as error:
                 _log.error("%s", error, extra={"volume": volume.name})
+        for backend in self._backends.all():
+            try:
+                backend.driver.leave()
+            except VolumedError as error:
+                _log.error("backend %s: %s", backend.name, error, extra={"backend": backend.name})
