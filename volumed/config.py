@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from volumed.driver import Capability
+from volumed.driver.secret import check_reference
 from volumed.errors import ConfigError, InvalidRequest
 from volumed.host import filesystems
 from volumed.units import parse_duration, parse_size
@@ -98,7 +99,18 @@ class BackendSettings(msgspec.Struct, frozen=True, kw_only=True):
     driver: str
     workers: int = 16
     disabled_capabilities: tuple[str, ...] = ()
+    encrypt: str = ""  # the name of the key that its volumes have
     options: dict[str, Any] = {}
+
+
+class KeySettings(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
+    """Where the key of encrypted volumes lies, or what command prints it; `{id}` and `{name}` in its words are the
+    volume's. The old ones are tried as well, until `volumectl encryption rotate` has replaced them."""
+
+    key: str = ""
+    command: tuple[str, ...] = ()
+    old: tuple[str, ...] = ()
+    old_command: tuple[str, ...] = ()
 
 
 class ClassSettings(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
@@ -111,6 +123,7 @@ class ClassSettings(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", f
     fs: str = ""
     mkfs_options: str = ""
     mount_options: str = ""
+    encrypt: str = ""  # the name of a key
     options: dict[str, str | int | bool] = {}  # of the drivers; each is given those it knows
 
 
@@ -134,6 +147,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid
     engines: EngineSettings = EngineSettings()
     backends: dict[str, BackendSettings] = {}
     classes: dict[str, ClassSettings] = {}
+    keys: dict[str, KeySettings] = {}
     source: str = "the embedded default"
     lines: dict[tuple[str, ...], int] = {}  # of each key in the file
 
@@ -196,7 +210,13 @@ class _Reader:
     def settings(self, document: dict[str, Any]) -> Settings:
         backends = {name: self._backend(name, table) for name, table in self._table(document, "backends").items()}
         classes = {name: self._class(name, table, backends) for name, table in self._table(document, "classes").items()}
-        known = dict(document, backends={}, classes={})
+        keys = {name: self._key(name, table) for name, table in self._table(document, "keys").items()}
+        for kind, tables in (("backends", backends), ("classes", classes)):
+            for name, settings in tables.items():
+                if settings.encrypt and settings.encrypt not in keys:
+                    where, hint = (kind, name, "encrypt"), _nearest(settings.encrypt, keys)
+                    raise self._wrong(where, f"there is no key {settings.encrypt!r}", hint)
+        known = dict(document, backends={}, classes={}, keys={})
         for key in _DURATIONS:
             if key in known:
                 known[key] = self._duration(known[key], key)
@@ -204,7 +224,8 @@ class _Reader:
         known.setdefault("node", socket.gethostname())
         read = self._convert(Settings, known)
         self._check(read, backends)
-        return msgspec.structs.replace(read, backends=backends, classes=classes, source=self._source, lines=self._lines)
+        found = {"backends": backends, "classes": classes, "keys": keys}
+        return msgspec.structs.replace(read, **found, source=self._source, lines=self._lines)
 
     def _backend(self, name: str, table: object) -> BackendSettings:
         path = ("backends", name)
@@ -220,13 +241,35 @@ class _Reader:
         disabled = table.get("disabled-capabilities", [])
         if not isinstance(disabled, list) or not all(isinstance(word, str) for word in disabled):
             raise self._wrong((*path, "disabled-capabilities"), "must be a list of words", "")
-        ours = {"driver", "workers", "disabled-capabilities"}
+        encrypt = table.get("encrypt", "")
+        if not isinstance(encrypt, str):
+            raise self._wrong((*path, "encrypt"), "must be the name of a key", "write [keys.NAME]")
+        ours = {"driver", "workers", "disabled-capabilities", "encrypt"}
         return BackendSettings(
             driver=cast(str, table["driver"]),
             workers=workers,
             disabled_capabilities=tuple(cast("list[str]", disabled)),
+            encrypt=encrypt,
             options={key: value for key, value in table.items() if key not in ours},
         )
+
+    def _key(self, name: str, table: object) -> KeySettings:
+        path = ("keys", name)
+        if not _BACKEND_NAME.fullmatch(name):
+            raise self._wrong(path, f"{name!r} is no name of a key", "use a-z, 0-9 and -, at most 63 characters")
+        if not isinstance(table, dict):
+            raise self._wrong(path, "must be a table", f"write [keys.{name}]")
+        self._check_keys(KeySettings, table, path)
+        read = self._convert(KeySettings, table, path)
+        if bool(read.key) is bool(read.command):
+            raise self._wrong(path, "says where the key lies, or which command prints it", "give `key` or `command`")
+        for key, references in (("key", (read.key,) if read.key else ()), ("old", read.old)):
+            for reference in references:
+                try:
+                    check_reference(reference)
+                except ValueError as error:  # never repeats what was given: it may be the key itself
+                    raise self._wrong((*path, key), str(error), "") from None
+        return read
 
     def _class(self, name: str, table: object, backends: Mapping[str, object]) -> ClassSettings:
         path = ("classes", name)

@@ -127,6 +127,7 @@ class Volume(Record, frozen=True, kw_only=True, omit_defaults=True):
     claim: Claim | None = None  # of the orchestrator that had it made
     ephemeral: bool = False  # lives as long as the one publication it was made for
     class_name: str = ""  # that its backend was chosen from
+    encryption: str = ""  # the name of its key in the settings; empty: it is not encrypted
     moved_to: VolumeId | None = None  # its id on the storage that it was moved to
 
     @property
@@ -264,6 +265,7 @@ class OperationKind(enum.StrEnum):
     SNAPSHOT_RESTORE = "snapshot-restore"
     MODIFY = "modify"
     IMPORT = "import"
+    ROTATE = "rotate"
 
 
 class Operation(Record, frozen=True, kw_only=True, omit_defaults=True):

@@ -20,6 +20,8 @@ pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 # Drivers whose own points their suites pass, where their storage is.
 ELSEWHERE = ("lvm", "ceph-rbd", "cephfs", "ebs", "iscsi", "gluster", "nfs", "s3")
+# tests/migration/test_crash.py; tests/vm/guest/test_encryption.py
+OTHER_LIVES = ("migrate", "encryption", "rotate")
 BACKENDS = ("local", "sized", "tree", "attached")
 
 
@@ -28,8 +30,8 @@ def is_passed(backend: str, point: str) -> bool:
     area = point.partition(".")[0]
     if area in CSI_AREAS:
         return False  # tests/crash/test_csi_crash_points.py
-    if area == "migrate":
-        return False  # tests/migration/test_crash.py
+    if area in OTHER_LIVES:
+        return False
     machines = area in ("attach", "detach", "takeover")
     if machines or backend == "attached":
         return machines and backend == "attached"
@@ -50,7 +52,11 @@ CASES = [(backend, point) for point in crash_points() for backend in BACKENDS if
 
 def test_every_crash_point_is_tried() -> None:
     tried = {point for _, point in (*CASES, *CSI_CASES)}
-    here = {point for point in crash_points() if point.partition(".")[0] not in ("migrate", *ELSEWHERE)}
+    here = {
+        point
+        for point in crash_points()
+        if point.partition(".")[0] not in ("migrate", "encryption", "rotate", *ELSEWHERE)
+    }
     assert here - tried == {"journal.settled"}
 
 

@@ -95,6 +95,7 @@ def class_show(session: Session, name: str) -> None:
             "fs": found["filesystem"],
             "mkfs-options": " ".join(found["mkfs_options"]),
             "mount-options": ",".join(found["mount_options"]),
+            "encrypt": found["encryption"],
             "options": [f"{key}={value}" for key, value in found["options"].items()],
         },
     )

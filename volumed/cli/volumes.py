@@ -43,6 +43,7 @@ def read_pairs(_: click.Context, param: click.Parameter, values: tuple[str, ...]
 @click.argument("name")
 @click.option("--backend", default="", help="Default: the first that can do what is asked.")
 @click.option("--class", "class_name", default="", help="To choose a backend from; see `volumectl class ls`.")
+@click.option("--encrypt", "encryption", default="", metavar="KEY", help="The name of a key in volumed.toml.")
 @click.option("--size", metavar="SIZE", help="As 20g or 512MiB; enforced.")
 @click.option("--fs", default="", help="File system on a block device: ext4, xfs, btrfs.")
 @click.option("--block", is_flag=True, help="A raw device, no file system.")
@@ -63,6 +64,7 @@ def create(
     name: str,
     backend: str,
     class_name: str,
+    encryption: str,
     size: str | None,
     fs: str,
     block: bool,
@@ -80,6 +82,7 @@ def create(
         "name": name,
         "backend": backend,
         "class_name": class_name,
+        "encryption": encryption,
         "size": size,
         "mode": "block" if block else "filesystem",
         "filesystem": fs,

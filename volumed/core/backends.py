@@ -21,6 +21,7 @@ from volumed import context
 from volumed.core.drivers import DriverRegistry
 from volumed.core.options import nearest, read_options
 from volumed.driver import (
+    BlockDriver,
     Capability,
     Driver,
     Host,
@@ -133,9 +134,12 @@ class Backend:
         *,
         workers: int,
         disabled: Iterable[str],
+        encrypt: str = "",
         waiting: int = WAITING,
     ) -> None:
+        """`encrypt`: the name of the key that its new volumes have, unless they are given another."""
         self.name = name
+        self.encrypt = encrypt
         self.driver_name = driver_name
         self.driver = driver
         self.disabled = frozenset(Capability(capability) for capability in disabled)
@@ -257,6 +261,7 @@ def open_backend(
     driver_name: str,
     workers: int,
     disabled: Iterable[str],
+    encrypt: str,
     where: Callable[[str], str],
     drivers: DriverRegistry,
     host: Host,
@@ -267,5 +272,11 @@ def open_backend(
         options = read_options(cls.BackendOptions, table, subject=f"backend {name}", locate=where)
     except InvalidRequest as error:
         raise ConfigError(error.text, subject=error.subject, hint=error.hint) from None
+    if encrypt and not issubclass(cls, BlockDriver):
+        raise ConfigError(
+            f"driver {driver_name} holds folders, which cannot be encrypted",
+            subject=where("encrypt"),
+            hint="encrypt the file system below them, or use a driver of block devices, as image",
+        )
     driver = cls(name, options, host)
-    return Backend(name, driver_name, driver, workers=workers, disabled=disabled)
+    return Backend(name, driver_name, driver, workers=workers, disabled=disabled, encrypt=encrypt)

@@ -28,6 +28,7 @@ class PlacementClass(msgspec.Struct, frozen=True, kw_only=True):
     filesystem: str = ""
     mkfs_options: tuple[str, ...] = ()
     mount_options: tuple[str, ...] = ()
+    encryption: str = ""  # the name of a key
     options: dict[str, str] = {}
 
     @property
@@ -79,6 +80,7 @@ def _read(name: str, settings: Settings) -> PlacementClass:
         filesystem=given.fs,
         mkfs_options=tuple(given.mkfs_options.split()),
         mount_options=tuple(word for word in given.mount_options.split(",") if word),
+        encryption=given.encrypt,
         options={key: _word(value) for key, value in given.options.items()},
     )
 

@@ -19,6 +19,7 @@ from volumed.core.classes import Classes
 from volumed.core.consumers.source import ConsumerSource
 from volumed.core.doctor import Doctor
 from volumed.core.drivers import DriverRegistry
+from volumed.core.encryption import Encryption
 from volumed.core.events import Events
 from volumed.core.groups import GroupSnapshots
 from volumed.core.health import Health
@@ -78,7 +79,8 @@ class Core:
         mounts_dir = settings.state_dir / "mounts"
         mounts_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
         self.reach = Reach(node=self.node, repository=self.repository, backends=self.backends)
-        presence = Presence(host, mounts_dir, self.reach)
+        self.encryption = Encryption(settings.keys, host)
+        presence = Presence(host, mounts_dir, self.reach, self.encryption)
         self.mounts = Mounts(
             node=self.node,
             repository=self.repository,
@@ -113,6 +115,7 @@ class Core:
             repository=self.repository,
             backends=self.backends,
             classes=self.classes,
+            encryption=self.encryption,
             here=lambda: self.attachments.topology,
         )
         self.volumes = Volumes(
@@ -202,6 +205,7 @@ class Core:
             bindings=self.bindings,
             journal=self.journal,
             reconciler=self.reconciler,
+            encryption=self.encryption,
             locks=locks,
         )
         self.helpers = HelperWatch(host=host, repository=self.repository, events=self.events)
@@ -312,6 +316,7 @@ def open_backends(settings: Settings, *, drivers: DriverRegistry, host: Host) ->
             driver_name=table.driver,
             workers=table.workers,
             disabled=table.disabled_capabilities,
+            encrypt=table.encrypt,
             where=partial(settings.locate, "backends", name),
             drivers=drivers,
             host=host,

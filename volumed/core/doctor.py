@@ -14,6 +14,7 @@ import msgspec
 
 from volumed.core.backends import Backend, Backends
 from volumed.core.bindings import Bindings
+from volumed.core.encryption import Encryption
 from volumed.core.journal import Journal
 from volumed.core.locks import KeyedLocks
 from volumed.core.presence import Presence, remove_mount_point
@@ -53,6 +54,7 @@ class Doctor:
         bindings: Bindings,
         journal: Journal,
         reconciler: Reconciler,
+        encryption: Encryption,
         locks: KeyedLocks,
     ) -> None:
         self._node = node
@@ -62,6 +64,7 @@ class Doctor:
         self._bindings = bindings
         self._journal = journal
         self._reconciler = reconciler
+        self._encryption = encryption
         self._locks = locks
 
     def examine(self) -> list[Finding]:
@@ -88,6 +91,7 @@ class Doctor:
         yield from self._operations()
         yield from self._machine()
         yield from self._strangers()
+        yield from self._opened()
         yield from self._containers()
         for backend in self._backends.all():
             try:
@@ -167,6 +171,20 @@ class Doctor:
                 id=f"stranger:{path.name}", kind="orphan-mount", subject=str(path), text=text, action=action
             )
             yield _Case(finding, fix)
+
+    def _opened(self) -> Iterator[_Case]:
+        """Encrypted devices that are open for no volume of the ledger."""
+        for stored_as, path in sorted(self._encryption.nodes().items()):
+            known = self._repository.volume_stored_as(stored_as) or self._repository.migration_holding(stored_as)
+            if known is None:
+                finding = Finding(
+                    id=f"opened:{path.name}",
+                    kind="orphan-device",
+                    subject=str(path),
+                    text="is open for no volume of the ledger",
+                    action="close it",
+                )
+                yield _Case(finding, partial(self._encryption.close_node, path))
 
     def _containers(self) -> Iterator[_Case]:
         for name, container in sorted(self._bindings.missing_mounts()):

@@ -11,6 +11,7 @@ import msgspec
 
 from volumed.core import marks
 from volumed.core.backends import Backend, Backends
+from volumed.core.encryption import overhead
 from volumed.core.events import Events
 from volumed.core.journal import Journal
 from volumed.core.locks import KeyedLocks
@@ -154,6 +155,8 @@ class Imports:
             raise IntegrityError("bears no mark, so nothing is known of it", subject=subject)
         size = backend.driver.inspect(found.handle).size
         volume = marks.read(found.mark, volume_id=found.volume_id, handle=found.handle, backend=backend.name, size=size)
+        if size is not None:
+            volume = msgspec.structs.replace(volume, size=size - overhead(volume))
         if isinstance(backend.driver, BlockDriver) and volume.mode is VolumeMode.FILESYSTEM:
             volume = self._with_filesystem(volume, backend.driver)
         text = f"made {volume.created:%Y-%m-%d}"

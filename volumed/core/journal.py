@@ -18,6 +18,7 @@ import msgspec
 
 from volumed import context
 from volumed.core.backends import Backend, Backends
+from volumed.core.encryption import overhead
 from volumed.core.events import Events
 from volumed.core.locks import KeyedLocks
 from volumed.core.presence import handle_of
@@ -31,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 # How long the start waits for a backend's rows; the rest is finished in the background.
 RECOVERY_PATIENCE = 5.0
-_SERVING_THE_FUTURE = (OperationKind.EXPAND, OperationKind.SNAPSHOT_RESTORE, OperationKind.MODIFY)
+_SERVING_THE_FUTURE = (OperationKind.EXPAND, OperationKind.SNAPSHOT_RESTORE, OperationKind.MODIFY, OperationKind.ROTATE)
 
 
 class Journal:
@@ -63,6 +64,7 @@ class Journal:
             OperationKind.SNAPSHOT_RESTORE: self._finish_restore,
             OperationKind.MODIFY: self._undo_modify,
             OperationKind.IMPORT: self._settle_import,
+            OperationKind.ROTATE: self._finish_rotation,
         }
 
     @contextlib.contextmanager
@@ -206,7 +208,7 @@ class Journal:
         """Grow on, unless the storage never began to: then the refusal stands and the row has nothing left to do."""
         size = operation.size or 0
         there = backend.driver.inspect(handle_of(volume)).size
-        begun = there is not None and volume.size is not None and there > volume.size
+        begun = there is not None and volume.size is not None and there > volume.size + overhead(volume)
         grown = self._provision.expand(volume, backend, size) if begun else volume
         with self._repository.transaction() as transaction:
             transaction.put(grown)
@@ -237,6 +239,11 @@ class Journal:
     def _undo_modify(self, operation: Operation, volume: Volume, backend: Backend) -> None:
         """The storage as the ledger still says: nobody was told of anything else."""
         self._provision.modify(volume, backend)
+        with self._repository.transaction() as transaction:
+            transaction.delete(operation)
+
+    def _finish_rotation(self, operation: Operation, volume: Volume, backend: Backend) -> None:
+        self._provision.rekey(volume, backend)
         with self._repository.transaction() as transaction:
             transaction.delete(operation)
 

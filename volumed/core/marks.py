@@ -27,6 +27,7 @@ def write(volume: Volume) -> dict[str, str]:
         "mode": str(volume.mode),
         "filesystem": volume.filesystem or "",
         "class": volume.class_name,
+        "encryption": volume.encryption,
         "created": volume.created.astimezone(UTC).isoformat(timespec="seconds"),
         "labels": _json(volume.labels),
         "options": _json(volume.options),
@@ -63,6 +64,7 @@ def read(mark: Mapping[str, str], *, volume_id: VolumeId, handle: Handle, backen
             options=_words(mark.get("options", "")),
             labels=labels,
             class_name=mark.get("class", ""),
+            encryption=mark.get("encryption", ""),
         )
     except (KeyError, ValueError, TypeError, VolumedError) as error:
         raise IntegrityError(f"its mark cannot be read: {error}", subject=f"volume {volume_id}") from None

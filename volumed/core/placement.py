@@ -31,6 +31,7 @@ class Needs(NamedTuple):
     capabilities: frozenset[Capability] = frozenset()
     places: Sequence[Topology] = ()  # one of them must reach it; none: wherever it is reached from
     region: Topology = MappingProxyType({})  # a place that must reach it besides
+    encrypted: bool = False
 
 
 def bounds(backend: Backend, here: Topology) -> Topology:
@@ -118,6 +119,12 @@ def check(backend: Backend, needs: Needs, *, here: Topology) -> None:
             f"volumes are folders of the backend's own file system, so fs={needs.filesystem} cannot be had",
             subject=subject,
             hint="leave fs out, or name a backend of block devices such as driver image",
+        )
+    if needs.encrypted and not isinstance(backend.driver, BlockDriver):
+        raise NotSupported(
+            "volumes are folders, which cannot be encrypted",
+            subject=subject,
+            hint="name a backend of block devices such as driver image",
         )
     anywhere = not needs.places or any(reaches(backend, place, here) for place in needs.places)
     if not anywhere or (needs.region and not reaches(backend, needs.region, here)):

@@ -8,6 +8,7 @@ import msgspec
 
 from volumed.core.backends import Backend, Backends
 from volumed.core.classes import Classes, PlacementClass
+from volumed.core.encryption import Encryption
 from volumed.core.names import check_words
 from volumed.core.options import nearest, read_options
 from volumed.core.placement import DEFAULT_FILESYSTEM, DEFAULT_SIZE, Needs, Topology, choose_backend
@@ -46,17 +47,25 @@ class CreateVolume(msgspec.Struct, frozen=True, kw_only=True):
     ephemeral: bool = False
     multi_node: bool = False  # several nodes will use it at once
     class_name: str = ""
+    encryption: str = ""  # the name of a key
     places: tuple[dict[str, str], ...] = ()  # segments of topology, from one of which it must be reachable
 
 
 class Planner:
     def __init__(
-        self, *, repository: Repository, backends: Backends, classes: Classes, here: Callable[[], Topology]
+        self,
+        *,
+        repository: Repository,
+        backends: Backends,
+        classes: Classes,
+        encryption: Encryption,
+        here: Callable[[], Topology],
     ) -> None:
         """`here`: where this node is."""
         self._repository = repository
         self._backends = backends
         self._classes = classes
+        self._encryption = encryption
         self._here = here
 
     def _volume(self, reference: str) -> Volume:
@@ -109,6 +118,8 @@ class Planner:
                     hint="leave the backend out",
                 )
             name = origin.volume.backend
+        if request.encryption:
+            self._encryption.check_name(request.encryption)
         chosen = self._class(request)
         if chosen is not None and name and name not in chosen.backends:
             raise InvalidRequest(
@@ -126,6 +137,7 @@ class Planner:
                 capabilities=chosen.requires if chosen else frozenset(),
                 places=request.places,
                 region=chosen.topology if chosen else {},
+                encrypted=bool(request.encryption or (chosen.encryption if chosen else "")),
             ),
             here=self._here(),
             name=name,
@@ -139,8 +151,9 @@ class Planner:
         return self._classes.get(request.class_name) if request.class_name else None
 
     def in_class(self, request: CreateVolume, backend: Backend, origin: Origin | None) -> CreateVolume:
-        """The request with what its class says and it does not. Of a copy most is as its original was."""
+        """The request with what its class says and it does not, or its backend. Of a copy most is as its original."""
         chosen = self._class(request)
+        request = _with(request, encryption=self._key(request, chosen, backend, origin))
         if chosen is None:
             return request if origin is None else _with(request, class_name=origin.volume.class_name)
         request = _with(request, options=chosen.options_for(backend) | request.options)
@@ -154,6 +167,20 @@ class Planner:
         if usual and request.filesystem == usual:
             request = _with(request, mkfs_options=request.mkfs_options or chosen.mkfs_options)
         return request
+
+    def _key(
+        self, request: CreateVolume, chosen: PlacementClass | None, backend: Backend, origin: Origin | None
+    ) -> str:
+        """A copy is encrypted where its original is, with another key if one is named."""
+        if origin is None:
+            return request.encryption or (chosen.encryption if chosen else "") or backend.encrypt
+        if request.encryption and not origin.volume.encryption:
+            raise InvalidRequest(
+                "is not encrypted, and neither can its copy be",
+                subject=f"volume {origin.volume.name}",
+                hint="create an encrypted volume and copy the data",
+            )
+        return request.encryption or origin.volume.encryption
 
     def plan(self, request: CreateVolume, backend: Backend, origin: Origin | None) -> Volume:
         """The record of the volume to be made, everything in it checked."""
@@ -198,6 +225,7 @@ class Planner:
             claim=request.claim,
             ephemeral=request.ephemeral,
             class_name=request.class_name,
+            encryption=request.encryption,
         )
 
 

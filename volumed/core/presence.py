@@ -22,6 +22,7 @@ from volumed.model import Handle, Ownership, Volume, VolumeId, VolumeMode
 from volumed.testing import crash
 
 if TYPE_CHECKING:
+    from volumed.core.encryption import Encryption
     from volumed.core.reach import Reach
 
 
@@ -50,10 +51,11 @@ def handle_of(volume: Volume) -> Handle:
 
 
 class Presence:
-    def __init__(self, host: Host, mounts_dir: Path, reach: Reach) -> None:
+    def __init__(self, host: Host, mounts_dir: Path, reach: Reach, encryption: Encryption) -> None:
         self.host = host
         self.mounts_dir = mounts_dir
         self._reach = reach
+        self._encryption = encryption
         self._mounted: set[VolumeId] = set()  # a memory of the mount table, renewed by every `scan`
         self._remembering = threading.Lock()  # a scan must not forget what was mounted while it read
 
@@ -88,12 +90,15 @@ class Presence:
             return Observed.DEAD if driver.remote and self._is_dead(driver, handle, target) else Observed.MOUNTED
         if not isinstance(driver, BlockDriver):
             raise TypeError(type(driver).__name__)
-        device = driver.mapped(handle)
+        below = driver.mapped(handle)
         if not self.host.is_mountpoint(target):
-            return Observed.ABSENT if device is None else Observed.MAPPED
-        if device is None:
-            return Observed.LOST if self._is_lost(volume, target) else Observed.FOREIGN
-        return Observed.MOUNTED if self._is_of(volume, target, device) else Observed.FOREIGN
+            return Observed.ABSENT if below is None else Observed.MAPPED
+        device = self._encryption.node(volume, below)
+        if below is None:
+            # Under an encrypted one the node that was opened stays when its disk has gone.
+            lost = self._is_lost(volume, target) if device is None else self._is_of(volume, target, device)
+            return Observed.LOST if lost else Observed.FOREIGN
+        return Observed.MOUNTED if device and self._is_of(volume, target, device) else Observed.FOREIGN
 
     def _is_lost(self, volume: Volume, target: Path) -> bool:
         """Whether what is mounted lies on a device that the machine no longer has: a disk that was pulled."""
@@ -190,9 +195,10 @@ class Presence:
     def _mount_device(
         self, volume: Volume, driver: BlockDriver, handle: Handle, target: Path, *, options: Sequence[str]
     ) -> None:
-        device = driver.map(handle)
+        below = driver.map(handle)
         crash.point("mount.mapped")
         try:
+            device = self._encryption.opened(volume, below)
             if volume.filesystem is None:
                 self.host.bind(device, target)
             else:
@@ -200,8 +206,8 @@ class Presence:
                 kind.check(self.host, device)
                 self.host.mount(device, target, fstype=volume.filesystem, options=(*kind.mount_options, *options))
         except BaseException:
-            with contextlib.suppress(HostError):
-                driver.unmap(handle)
+            with contextlib.suppress(VolumedError):
+                self.unmap(volume, driver)
             raise
 
     def remove(self, volume: Volume, driver: Driver) -> None:
@@ -219,8 +225,17 @@ class Presence:
         self._remember(volume.id, mounted=False)
         crash.point("unmount.unmounted")
         if isinstance(driver, BlockDriver):
-            driver.unmap(volume.handle)
+            self.unmap(volume, driver)
         self._reach.detach_here(volume)
+
+    def unmap(self, volume: Volume, driver: BlockDriver) -> None:
+        """No device of it on this node any more. Raises InUse."""
+        self._encryption.close(volume)
+        driver.unmap(handle_of(volume))
+
+    def mapped(self, volume: Volume, driver: BlockDriver) -> Path | None:
+        """Its device on this node, opened, or None. Never maps."""
+        return self._encryption.node(volume, driver.mapped(handle_of(volume)))
 
     def forget(self, volume_id: VolumeId) -> None:
         """The mount point of a volume that goes for good. Raises HostError when it holds files: somebody wrote them
@@ -229,20 +244,44 @@ class Presence:
 
     def device(self, volume: Volume, driver: BlockDriver) -> Path:
         """On this node, with nothing mounted; `remove` takes it away."""
+        return self._encryption.opened(volume, self._below(volume, driver))
+
+    def _below(self, volume: Volume, driver: BlockDriver) -> Path:
+        """The device as its storage has it."""
         self._reach.attach_here(volume)
         return driver.map(handle_of(volume))
+
+    def encrypt(self, volume: Volume, driver: BlockDriver) -> None:
+        """A new volume that is to be encrypted; what was on its device is lost."""
+        self._encryption.format(volume, self._below(volume, driver))
+
+    def rekey(self, volume: Volume, driver: BlockDriver, *, origin: Volume | None = None) -> None:
+        """See `Encryption.rekey`; in use or not, and afterwards as it was."""
+        there = driver.mapped(handle_of(volume))
+        try:
+            self._encryption.rekey(volume, there or self._below(volume, driver), origin=origin)
+        finally:
+            if there is None:
+                self.unmap(volume, driver)
+                self._reach.detach_here(volume)
+
+    def resize(self, volume: Volume, driver: BlockDriver) -> None:
+        """What is over the device as large as the device has become."""
+        below = driver.mapped(handle_of(volume))
+        if below is not None:
+            self._encryption.resize(volume, below)
 
     @contextlib.contextmanager
     def looked_at(self, volume: Volume, driver: BlockDriver) -> Iterator[Path]:
         """Its device on this node for a moment, and afterwards as it was."""
-        there = driver.mapped(handle_of(volume))
+        there = self.mapped(volume, driver)
         if there is not None:
             yield there
             return
         try:
             yield self.device(volume, driver)
         finally:
-            driver.unmap(handle_of(volume))
+            self.unmap(volume, driver)
             self._reach.detach_here(volume)
 
     def format(self, volume: Volume, driver: BlockDriver) -> None:

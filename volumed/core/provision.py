@@ -12,6 +12,7 @@ import msgspec
 
 from volumed.core import marks
 from volumed.core.backends import Backend
+from volumed.core.encryption import overhead
 from volumed.core.locks import KeyedLocks
 from volumed.core.mounts import Mounts
 from volumed.core.options import nearest, read_options
@@ -74,13 +75,35 @@ class Provision:
         driver = backend.driver
         options = read_options(driver.VolumeOptions, volume.options, subject=f"backend {backend.name}")
         mark = marks.write(volume)
-        spec = VolumeSpec(id=volume.stored_as, size=volume.size, mode=volume.mode, options=options, mark=mark)
+        size = None if volume.size is None else volume.size + overhead(volume)
+        spec = VolumeSpec(id=volume.stored_as, size=size, mode=volume.mode, options=options, mark=mark)
         made = self._copy(spec, backend, origin) if origin else driver.create(spec)
         crash.point("create.stored")
-        ready = msgspec.structs.replace(volume, handle=made.handle, size=made.size, state=VolumeState.READY)
+        usable = None if made.size is None else made.size - overhead(volume)
+        ready = msgspec.structs.replace(volume, handle=made.handle, size=usable, state=VolumeState.READY)
+        if volume.encryption:
+            self._encrypt(ready, backend, origin)
         if volume.mode is VolumeMode.FILESYSTEM and not blank:
             self._prepare(ready, backend, copied=origin is not None)
         return ready
+
+    def _encrypt(self, volume: Volume, backend: Backend, origin: Origin | None) -> None:
+        """A copy has its original's header, and so its keys: it is given its own."""
+        driver = backend.driver
+        if not isinstance(driver, BlockDriver):
+            raise NotSupported("holds folders, which cannot be encrypted", subject=f"backend {backend.name}")
+        if origin is not None:
+            self._presence.rekey(volume, driver, origin=origin.volume)
+            return
+        try:
+            self._presence.encrypt(volume, driver)
+        finally:
+            self._presence.remove(volume, driver)
+
+    def rekey(self, volume: Volume, backend: Backend) -> None:
+        """The newest key alone opens it."""
+        if isinstance(backend.driver, BlockDriver):
+            self._presence.rekey(volume, backend.driver)
 
     def _prepare(self, volume: Volume, backend: Backend, *, copied: bool) -> None:
         driver = backend.driver
@@ -166,8 +189,10 @@ class Provision:
         driver = backend.driver
         if not isinstance(driver, SupportsExpand):
             raise NotSupported("cannot expand", subject=f"backend {backend.name}")
-        actual = driver.expand(handle_of(volume), size)
+        actual = driver.expand(handle_of(volume), size + overhead(volume)) - overhead(volume)
         crash.point("expand.stored")
+        if isinstance(driver, BlockDriver):
+            self._presence.resize(volume, driver)
         if isinstance(driver, BlockDriver) and volume.filesystem:
             self.fit(volume, driver)
         return msgspec.structs.replace(volume, size=actual)
@@ -177,7 +202,8 @@ class Provision:
         used_now = self._presence.is_mounted(volume, driver)
         path = self._presence.establish(volume, driver)
         try:
-            filesystems.get(volume.filesystem or "").grow(self._presence.host, driver.map(handle_of(volume)), path)
+            device = self._presence.device(volume, driver)
+            filesystems.get(volume.filesystem or "").grow(self._presence.host, device, path)
         finally:
             if not used_now:
                 self._presence.remove(volume, driver)
@@ -212,12 +238,12 @@ class Provision:
         snapshot_driver(backend).restore(handle_of(volume), snapshot.handle)
         crash.point("snapshot-restore.restored")
         driver = backend.driver
-        if isinstance(driver, BlockDriver) and volume.filesystem and snapshot.size != volume.size:
-            path = self._presence.establish(volume, driver)
-            try:
-                filesystems.get(volume.filesystem).grow(self._presence.host, driver.map(handle_of(volume)), path)
-            finally:
-                self._presence.remove(volume, driver)
+        if not isinstance(driver, BlockDriver):
+            return
+        if volume.encryption:
+            self._presence.rekey(volume, driver)  # the header is the snapshot's again, with the key of its time
+        if volume.filesystem and snapshot.size != volume.size:
+            self.fit(volume, driver)
 
     def used(self, volume: Volume, backend: Backend) -> int | None:
         """Bytes on storage. Raises IntegrityError when the storage has lost the volume."""

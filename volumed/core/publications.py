@@ -252,7 +252,7 @@ class Publications:
 
     def _set_device_mode(self, volume: Volume, binding: Binding) -> None:
         driver = self._backends.get(volume.backend).driver
-        device = driver.mapped(volume.handle) if isinstance(driver, BlockDriver) and volume.handle else None
+        device = self._mounts.presence.mapped(volume, driver) if isinstance(driver, BlockDriver) else None
         if device is not None:
             self._mounts.presence.host.set_device_readonly(device, binding.readonly)
 

@@ -12,6 +12,7 @@ import msgspec
 
 from volumed import context
 from volumed.core.backends import Backend, Backends
+from volumed.core.encryption import overhead
 from volumed.core.presence import Presence, handle_of
 from volumed.driver import BlockDriver, TreeStatus
 from volumed.errors import BackendUnavailable, CommandFailed, HostError, OperationPending, VolumedError
@@ -119,7 +120,8 @@ class Usage:
         used_there = facts.used
         if used_there is None and count:
             used_there = self._count(volume, mounted=mounted)
-        return UsageSample(used=used_there, total=facts.size, at=now())
+        total = None if facts.size is None else facts.size - overhead(volume)
+        return UsageSample(used=used_there, total=total, at=now())
 
     def _count(self, volume: Volume, *, mounted: bool) -> int | None:
         """Walk the tree, in a child that can be killed. Not mounted: not counted, mounting it would be a change."""

@@ -147,6 +147,7 @@ class Volumes:
             "labels": (request.labels, volume.labels),
             "options": (request.options, {key: volume.options.get(key) for key in request.options}),
             "class": (request.class_name, volume.class_name),
+            "encrypt": (request.encryption, volume.encryption),
         }
         differing = [key for key, (asked, there) in wanted.items() if asked and asked != there]
         if request.ownership != Ownership() and request.ownership != volume.ownership:
@@ -318,6 +319,33 @@ class Volumes:
                     transaction.delete(operation)
         self._events.publish("volume.expanded", volume.name, f"grown to {grown.size} bytes", size=grown.size)
         return grown
+
+    # Keys
+    def rotate(self, reference: str) -> Volume:
+        """The newest key of the volume's name alone opens it from now on, in use or not. The same again is success.
+
+        Raises InvalidRequest for a volume that is not encrypted, PermissionDenied when no known key opens it.
+        """
+        volume = self.get(reference)
+        if not volume.encryption:
+            raise InvalidRequest("is not encrypted", subject=f"volume {volume.name}")
+        backend = self._backends.get(volume.backend)
+        return backend.call(lambda: self._rotate(volume.id))
+
+    def _rotate(self, volume_id: VolumeId) -> Volume:
+        with self._locks.hold(volume_id):
+            volume = self._journal.settle(self._by_id(volume_id))
+            if volume is None:
+                raise NotFound("was removed a moment ago", subject=f"volume {volume_id}")
+            with self._journal.recorded(OperationKind.ROTATE, volume) as operation:
+                with self._repository.transaction() as transaction:
+                    transaction.put(operation)
+                crash.point("rotate.recorded")
+                self._provision.rekey(volume, self._backends.get(volume.backend))
+                with self._repository.transaction() as transaction:
+                    transaction.delete(operation)
+        self._events.publish("volume.rekeyed", volume.name, f"has the newest key of the name {volume.encryption} alone")
+        return volume
 
 
 def _check_ready(volume: Volume) -> None:

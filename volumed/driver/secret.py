@@ -20,7 +20,7 @@ _SOURCES = ("file:/", "env:", "credential:")
 _LONGEST = 1 << 16
 
 
-def _checked(reference: str) -> str:
+def check_reference(reference: str) -> str:
     """Never repeats what was given: somebody may have written the secret itself."""
     if not reference.startswith(_SOURCES) or reference.endswith(":"):
         raise ValueError("say where the secret lies: file:/PATH, env:NAME or credential:NAME")
@@ -28,7 +28,7 @@ def _checked(reference: str) -> str:
 
 
 # For a field of an Options model; `read_secret` gives what it stands for.
-Secret = Annotated[str, AfterValidator(_checked)]
+Secret = Annotated[str, AfterValidator(check_reference)]
 
 
 def secret_path(reference: Secret) -> Path | None:

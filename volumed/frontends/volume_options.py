@@ -14,6 +14,7 @@ from volumed.units import parse_size
 OPTIONS: Mapping[str, str] = {
     "backend": "Backend to use; default: the first of default-backends that can do what is asked",
     "class": "Class to choose a backend from, with what a volume is there: volumectl class ls",
+    "encrypt": "The name of the key, of volumed.toml, to encrypt the volume with",
     "size": "Size that is enforced, as 20g or 512MiB",
     "fs": "File system on a block device: ext4, xfs, btrfs",
     "mkfs-options": "Words for mkfs, separated by spaces",
@@ -47,6 +48,7 @@ def read_create(name: str, options: Mapping[str, str], *, driver_options: Iterab
         name=name,
         backend=ours.get("backend", ""),
         class_name=ours.get("class", ""),
+        encryption=ours.get("encrypt", ""),
         size=parse_size(ours["size"]) if "size" in ours else None,
         filesystem=ours.get("fs", ""),
         mkfs_options=tuple(ours.get("mkfs-options", "").split()),

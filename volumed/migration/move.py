@@ -410,9 +410,9 @@ class Move:
         with self._locked() as volume:
             source = at(volume, self.migration.source)
             backend = self._backend(source)
-            driver, handle = backend.driver, source.handle
-            if isinstance(driver, BlockDriver) and handle is not None:
-                backend.call(lambda: driver.unmap(handle))
+            driver = backend.driver
+            if isinstance(driver, BlockDriver) and source.handle is not None:
+                backend.call(lambda: self._core.mounts.presence.unmap(source, driver))
 
     def _release_held(self, *, moved: bool) -> None:
         """After a crash: whoever was stopped goes on."""

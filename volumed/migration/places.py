@@ -73,7 +73,7 @@ class OtherPlace:
         mounts_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._backends = core.backends
         reach = OtherReach(node=core.node, repository=core.repository, backends=core.backends)
-        self._presence = Presence(core.host, mounts_dir, reach)
+        self._presence = Presence(core.host, mounts_dir, reach, core.encryption)
         self._provision = Provision(presence=self._presence, mounts=core.mounts, locks=core.locks)
 
     def make(self, volume: Volume, *, blank: bool) -> Place:

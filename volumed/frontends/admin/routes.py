@@ -100,6 +100,11 @@ def _volumes(core: Core) -> APIRouter:
             core.takeovers.run(reference, node=body.node, operator_word=body.operator_word, dry_run=body.dry_run)
         )
 
+    @router.post("/{reference}/rotate-key")
+    def rotate_key(reference: str) -> VolumeView:
+        """The newest key of its name alone opens the volume from now on."""
+        return VolumeView.model_validate(core.volumes.rotate(reference))
+
     @router.get("/{reference}/usage")
     def usage(reference: str) -> UsageView:
         """Looked up now; may walk the tree."""
@@ -285,6 +290,7 @@ def _class(core: Core, found: PlacementClass) -> ClassView:
         filesystem=found.filesystem,
         mkfs_options=list(found.mkfs_options),
         mount_options=list(found.mount_options),
+        encryption=found.encryption,
         options=found.options,
         volumes=sum(volume.class_name == found.name for volume in core.repository.volumes()),
     )

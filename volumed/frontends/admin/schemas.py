@@ -61,6 +61,7 @@ class CreateBody(Body):
     labels: dict[str, str] = {}
     options: dict[str, str] = Field(default={}, description="The driver's own")
     class_name: str = Field(default="", description="To choose a backend from, with what a volume is there")
+    encryption: str = Field(default="", description="The name of the key, of the settings, to encrypt it with")
 
     def request(self) -> CreateVolume:
         fields = dict(self)
@@ -151,6 +152,7 @@ class VolumeView(View):
     labels: dict[str, str]
     source: str
     class_name: str
+    encryption: str = Field(description="The name of its key; empty: it is not encrypted")
 
 
 class VolumeDetail(VolumeView):
@@ -258,6 +260,7 @@ class ClassView(View):
     filesystem: str
     mkfs_options: list[str]
     mount_options: list[str]
+    encryption: str = Field(description="The name of a key")
     options: dict[str, str]
     volumes: int
 
