@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.unit.conftest import Lab
@@ -177,7 +178,6 @@ def test_a_rotation_that_was_cut_short_is_finished(
 ) -> None:
     lab = make_lab()
     made_volume = lab.create()
-    lab.core.repository  # noqa: B018
     with lab.core.repository.transaction() as transaction:
         transaction.put(_encrypted(lab, made_volume))
     calls: list[str] = []
@@ -200,8 +200,6 @@ def test_a_rotation_that_was_cut_short_is_finished(
 
 
 def _encrypted(lab: Lab, found: Volume) -> Volume:
-    import msgspec  # noqa: PLC0415
-
     current = lab.core.repository.volume(found.id)
     assert current is not None
     return msgspec.structs.replace(current, encryption="main")

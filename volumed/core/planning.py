@@ -137,7 +137,7 @@ class Planner:
                 capabilities=chosen.requires if chosen else frozenset(),
                 places=request.places,
                 region=chosen.topology if chosen else {},
-                encrypted=bool(request.encryption or (chosen.encryption if chosen else "")),
+                encrypted=origin is None and bool(request.encryption or (chosen.encryption if chosen else "")),
             ),
             here=self._here(),
             name=name,
