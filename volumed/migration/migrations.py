@@ -12,8 +12,7 @@ import msgspec
 
 from volumed import context
 from volumed.core.core import Core
-from volumed.core.mounts import describe_each
-from volumed.errors import InUse, InvalidRequest, PreconditionFailed, VolumedError
+from volumed.errors import InvalidRequest, PreconditionFailed, VolumedError
 from volumed.migration import losses
 from volumed.migration.inspection import Inspection
 from volumed.migration.move import Move, Step, StopWriters
@@ -21,8 +20,9 @@ from volumed.migration.movers.mover import Control, Stopped
 from volumed.migration.places import OtherPlace, at, place_of
 from volumed.migration.planner import Plan, Wish
 from volumed.migration.records import Records
+from volumed.migration.site import Site
+from volumed.migration.undo import Undo, refuse_second
 from volumed.model import Engine, Migration, MigrationPhase, Volume, VolumeState, new_migration_id, now
-from volumed.store.repository import Transaction
 from volumed.testing import crash
 
 _log = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class Migrations:
         self._core = core
         self._records = Records(core.repository, core.locks, core.events)
         self._inspection = Inspection(core)
+        self._undo = Undo(core, self._records)
         self._stop_writers = stop_writers
         self._guard = threading.Lock()
         self._running: dict[str, tuple[threading.Thread, Control]] = {}
@@ -86,7 +87,7 @@ class Migrations:
     def begin(self, reference: str, wish: Wish) -> Migration:
         """Raises PreconditionFailed with the list of what would be lost, and what the planner raises."""
         volume = self._core.volumes.get(reference)
-        self._refuse_second(volume)
+        refuse_second(self._core.repository, volume)
         plan = self._inspection.plan(volume, wish)
         losses.check(plan.losses, wish.accept, subject=f"volume {volume.name}")
         migration = Migration(
@@ -108,22 +109,11 @@ class Migrations:
             expected=plan.bytes,
         )
         with self._core.locks.hold(volume.id):
-            self._refuse_second(volume)
+            refuse_second(self._core.repository, volume)
             migration = self._records.begin(migration)
         crash.point("migrate.planned")
         self._spawn(migration.id)
         return migration
-
-    def _refuse_second(self, volume: Volume) -> None:
-        there = self._core.repository.migration_of(volume.id)
-        if there is not None:
-            raise InUse(
-                f"is being moved to backend {there.target.backend} already",
-                subject=f"volume {volume.name}",
-                hint=f"see `volumectl migration show {there.id}`",
-            )
-        if volume.state is not VolumeState.READY:
-            raise InUse(f"is {volume.state}", subject=f"volume {volume.name}")
 
     # Steering
     def throttle(self, reference: str, bandwidth: int) -> Migration:
@@ -185,7 +175,6 @@ class Migrations:
             )
         return migration
 
-    # Undoing
     def rollback(self, reference: str, *, discard: bool = False, carry: bool = False) -> Migration:
         """Back to the source. What was written since is carried back, by a move the other way into the kept source, or
         discarded, as it is told; when nobody used the volume since, there is nothing to tell.
@@ -193,98 +182,9 @@ class Migrations:
         Raises PreconditionFailed saying what would be lost, InUse naming who holds it.
         """
         migration = self._kept(reference, "rolled back")
-        volume = self._core.volumes.get(migration.volume_id)
-        if volume.stored_as != migration.target.stored_as:
-            raise PreconditionFailed(
-                "was moved on since", subject=f"volume {volume.name}", hint="undo the later move first"
-            )
-        users = self._users_since(migration, volume)
-        if carry:
-            return self._carry_back(migration, volume)
-        if users and not discard:
-            raise PreconditionFailed(
-                f"was used since the move, and what was written would be lost: {', '.join(users)}",
-                subject=f"volume {volume.name}",
-                hint="carry it back with --carry, or lose it with --discard",
-            )
-        self._switch_back(migration)
-        self._spawn(migration.id)
-        return self.get(migration.id)
-
-    def _users_since(self, migration: Migration, volume: Volume) -> list[str]:
-        moved = next(when for phase, when in migration.phases if phase is MigrationPhase.CUTOVER)
-        there = [line for held in self._core.repository.bindings(volume.id) for line in describe_each(held)]
-        gone = [
-            consumer.name or consumer.id[:12]
-            for ended in self._core.repository.history(volume.id)
-            if ended.until > moved
-            for consumer in ended.consumers
-        ]
-        ended = [held for held in self._core.repository.history(volume.id) if held.until > moved]
-        return list(dict.fromkeys([*there, *gone])) or [f"{held.engine}" for held in ended]
-
-    def _switch_back(self, migration: Migration) -> None:
-        """The commit point of an undo: from here on the target is what goes."""
-        core = self._core
-        with core.locks.hold(migration.volume_id):
-            volume = core.volumes.get(migration.volume_id)
-            backend = core.backends.get(volume.backend)
-            snapshots = [snapshot.name for snapshot in core.repository.snapshots(volume.id)]
-            if snapshots:
-                raise InUse(
-                    "has snapshots taken since the move",
-                    holders=snapshots,
-                    subject=f"volume {volume.name}",
-                    hint="remove them first",
-                )
-            back = at(volume, migration.source)
-
-            def switch(transaction: Transaction) -> None:
-                transaction.put(back, previous=volume)
-                for snapshot in migration.snapshots:
-                    transaction.put(msgspec.structs.replace(snapshot, revision=0))
-
-            with core.mounts.unmounted(volume, backend):
-                crash.point("migrate.unmounted-for-rollback")
-                self._records.advance(
-                    migration, MigrationPhase.ABORTING, switch, snapshots=(), kept_until=None, error=""
-                )
-                crash.point("migrate.rolled-back")
-
-    def _carry_back(self, migration: Migration, volume: Volume) -> Migration:
-        """A move into what is the source still, which is not an undo any more once it began to be written."""
-        self._refuse_second(volume)
-        back = Migration(
-            id=new_migration_id(),
-            volume_id=volume.id,
-            volume_name=volume.name,
-            node=self._core.node,
-            phase=MigrationPhase.PREPARED,
-            path=migration.path,
-            source=place_of(volume),
-            target=migration.source,
-            created=now(),
-            by=migration.by,
-            bandwidth=migration.bandwidth,
-            keep_source=migration.keep_source,
-            accepted=migration.accepted,
-            returns=migration.id,
-        )
-        if migration.snapshots:
-            raise PreconditionFailed(
-                "its old place has snapshots, which a move into it would make false",
-                subject=f"volume {volume.name}",
-                hint="discard what was written since with --discard, or move it as a new move",
-            )
-
-        def supersede(transaction: Transaction) -> None:
-            self._records.hand_over(transaction, migration)
-
-        with self._core.locks.hold(volume.id):
-            begun = self._records.begin(back, supersede)
-        crash.point("migrate.planned-back")
-        self._spawn(begun.id)
-        return begun
+        undone = self._undo.carry_back(migration) if carry else self._undo.switch_back(migration, discard=discard)
+        self._spawn(undone.id)
+        return undone
 
     # Running
     def recover(self) -> None:
@@ -299,7 +199,7 @@ class Migrations:
         for migration in known.values():
             if migration.phase is MigrationPhase.CUTOVER and migration.node == self._core.node:
                 with contextlib.suppress(VolumedError), context.request(timeout=10.0):
-                    Move(self._core, self._records, migration, Control(), self._stop_writers).show_new_place()
+                    Site(self._core, migration).show_new_place()
 
     def start(self) -> None:
         """Go on with what was cut short."""

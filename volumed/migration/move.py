@@ -9,31 +9,28 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import NamedTuple
 
-from volumed.core.backends import Backend
 from volumed.core.core import Core
 from volumed.core.mounts import describe_each
-from volumed.core.presence import Observed
-from volumed.driver import BlockDriver, FilesystemDriver, SupportsCapacity
+from volumed.driver import FilesystemDriver, SupportsCapacity
 from volumed.errors import (
     CapacityExhausted,
     HostError,
     IntegrityError,
     InUse,
-    NotFound,
     PreconditionFailed,
     VolumedError,
 )
 from volumed.migration.losses import check, named, of_tree, take_census
 from volumed.migration.movers.block import BlockMover
-from volumed.migration.movers.mover import Control, Mover, Round, Stopped, Writers
+from volumed.migration.movers.mover import Control, Mover, Round, Writers
 from volumed.migration.movers.tree import TreeMover
-from volumed.migration.places import OtherPlace, at, device_of, source_and_target
+from volumed.migration.places import at, source_and_target
 from volumed.migration.records import Records
+from volumed.migration.site import Busy, Sides, Site
 from volumed.model import Binding, Engine, Migration, MigrationPhase, MovePath, Volume, VolumeState, now
 from volumed.store.repository import Transaction
 from volumed.testing import crash
@@ -48,13 +45,6 @@ MOST_ROUNDS = 30
 StopWriters = Callable[[Volume, list[Binding]], Writers | None]
 
 
-class Busy(VolumedError):
-    """Somebody took the volume in the moment before it was to be held still."""
-
-    code = "in_use"
-    retry_after = 1.0
-
-
 class Step(NamedTuple):
     """What it is at, for a progress bar: `total` bytes from `base` of the control's counter on."""
 
@@ -62,11 +52,6 @@ class Step(NamedTuple):
     total: int
     base: int
     begun: float  # time.monotonic
-
-
-class Sides(NamedTuple):
-    source: Path
-    target: Path
 
 
 class Move:
@@ -77,9 +62,8 @@ class Move:
         self._records = records
         self.control = control
         self._stop_writers = stop_writers
-        self.migration = migration
+        self._site = Site(core, migration)
         self.step = Step("preparing", 0, 0, time.monotonic())
-        self._other: OtherPlace | None = None
         self._mover: Mover | None = None
         self._steps: dict[MigrationPhase, Callable[[], None]] = {
             MigrationPhase.PLANNED: self._prepare,
@@ -91,6 +75,15 @@ class Move:
             MigrationPhase.CUTOVER: self._go_over,
             MigrationPhase.ABORTING: self._take_back,
         }
+
+    @property
+    def migration(self) -> Migration:
+        """As it was last written down."""
+        return self._site.migration
+
+    @migration.setter
+    def migration(self, changed: Migration) -> None:
+        self._site.migration = changed
 
     # Going through the phases
     def run(self) -> None:
@@ -107,93 +100,33 @@ class Move:
         self.migration = self._records.advance(self.migration, phase, *also, **fields)
         crash.point("migrate.advanced")
 
-    def _volume(self) -> Volume:
-        """Raises NotFound, InUse for a volume that lies elsewhere by now."""
-        volume = self._core.repository.volume(self.migration.volume_id)
-        if volume is None:
-            raise NotFound("was removed", subject=f"volume {self.migration.volume_name}")
-        own = self.migration.target if self.migration.phase.committed else self.migration.source
-        if volume.stored_as != own.stored_as:
-            raise InUse("was moved elsewhere meanwhile", subject=f"volume {volume.name}")
-        return volume
-
-    def _backend(self, volume: Volume) -> Backend:
-        return self._core.backends.get(volume.backend)
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[Volume]:
-        with self._core.locks.hold(self.migration.volume_id, subject=f"volume {self.migration.volume_name}"):
-            yield self._volume()
-
-    def _place(self) -> OtherPlace:
-        if self._other is None:
-            self._other = OtherPlace(self._core, self.migration)
-        return self._other
-
     # Up to the copy
     def _prepare(self) -> None:
-        with self._locked() as volume:
+        with self._site.locked() as volume:
             if volume.state is not VolumeState.READY or self._core.journal.settle(volume) is None:
                 raise Busy(f"is {volume.state}", subject=f"volume {volume.name}")
-        made = self._place().make(at(volume, self.migration.target), blank=self.migration.path is MovePath.BLOCK)
+        made = self._site.other().make(at(volume, self.migration.target), blank=self.migration.path is MovePath.BLOCK)
         crash.point("migrate.made")
         self._advance(MigrationPhase.PREPARED, target=made)
 
     def _take(self) -> None:
-        """Hold the volume on this node: its tree stays mounted, or its device mapped, whoever comes and goes."""
-        core, block = self._core, self.migration.path is MovePath.BLOCK
-        with self._locked() as volume:
-            others = self._others(volume)
-            held = core.repository.binding(volume.id, node=core.node, engine=Engine.VOLUMED, mount_id=self.migration.id)
-            if held is None:
-                held = Binding(
-                    volume_id=volume.id,
-                    node=core.node,
-                    engine=Engine.VOLUMED,
-                    mount_id=self.migration.id,
-                    since=now(),
-                    staging=True,
-                    block=block,
-                )
-                with core.repository.transaction() as transaction:
-                    transaction.put(held)
-                    if others:
-                        transaction.disturb(volume.id)
-            if block and not others:
-                backend = self._backend(volume)
-                backend.call(lambda: core.mounts.presence.remove(volume, backend.driver))
-                core.repository.calm(volume.id)
-        crash.point("migrate.taken")
+        self._site.take()
         self._advance(MigrationPhase.SEEDING)
-
-    def _others(self, volume: Volume) -> list[Binding]:
-        """Holds of anybody but us."""
-        return [held for held in self._core.repository.bindings(volume.id) if held.engine is not Engine.VOLUMED]
 
     def _open(self) -> Mover:
         """Both places present, and what carries the data between them."""
         if self._mover is None:
-            sides = self._sides()
+            sides = self._site.sides()
             self._mover = self._mover_between(sides)
         return self._mover
 
     def _mover_between(self, sides: Sides) -> Mover:
-        workdir = self._place().workdir
+        workdir = self._site.other().workdir
         if self.migration.path is MovePath.BLOCK:
             return BlockMover(sides.source, sides.target, workdir)
         driver = self._core.backends.get(self.migration.target.backend).driver
         missing = driver.cannot_hold if isinstance(driver, FilesystemDriver) else frozenset()
         return TreeMover(sides.source, sides.target, workdir, losses=named(missing, self.migration.accepted))
-
-    def _sides(self) -> Sides:
-        with self._locked() as volume:
-            source, target = source_and_target(self.migration, volume)
-            backend, presence = self._backend(source), self._core.mounts.presence
-            if self.migration.path is MovePath.TREE:
-                there = backend.call(lambda: presence.establish(source, backend.driver))
-            else:
-                there = backend.call(lambda: device_of(source, backend, presence))
-            return Sides(there, self._place().open(target, self.migration.path))
 
     def _seed(self) -> None:
         mover = self._open()
@@ -227,7 +160,7 @@ class Move:
     def _converge(self) -> None:
         """Rounds while it is in use, each proven at once; then whoever writes is held still, or waited for."""
         mover, rounds = self._open(), 0
-        while others := self._others(self._volume()):
+        while others := self._site.others(self._site.volume()):
             spent = 0.0
             if self.migration.path is MovePath.TREE:
                 spent, rounds = self._copy(mover).seconds, rounds + 1
@@ -242,7 +175,7 @@ class Move:
     def _hold_and_finish(self, mover: Mover, others: list[Binding], rounds: int) -> str:
         """Why its users cannot be held still now; empty when they were, and all is done. Raises PreconditionFailed when
         the pause would be longer than it may be, however often the rounds go on."""
-        writers = None if self.migration.wait else self._stop_writers(self._volume(), others)
+        writers = None if self.migration.wait else self._stop_writers(self._site.volume(), others)
         if writers is None:
             return " "
         predicted, limit = self._predicted(mover), self.migration.max_pause
@@ -271,7 +204,7 @@ class Move:
     def _wait(self, seconds: float) -> None:
         """Or until nobody uses it any more."""
         ends = time.monotonic() + seconds
-        while time.monotonic() < ends and self._others(self._volume()):
+        while time.monotonic() < ends and self._site.others(self._site.volume()):
             self.control.check()
             time.sleep(0.2)
 
@@ -285,7 +218,7 @@ class Move:
             crash.point("migrate.held")
             self._last_round(known=known)
             moved = True
-            self.show_new_place()
+            self._site.show_new_place()
         finally:
             moved = moved or self.migration.phase.committed
             self._let_go(writers, plan, moved=moved)
@@ -300,16 +233,16 @@ class Move:
         `known`: holds whose consumers are held still."""
         begun = time.monotonic()
         mover = self._open()
-        with self._locked() as volume:
-            others = [held for held in self._others(volume) if held.mount_id not in known]
+        with self._site.locked() as volume:
+            others = [held for held in self._site.others(volume) if held.mount_id not in known]
             if others:
                 raise Busy(
                     "came into use",
                     subject=f"volume {volume.name}",
                     hint="; ".join(line for each in others for line in describe_each(each)),
                 )
-            if self.migration.path is MovePath.BLOCK:
-                self._reopen_device(volume, mover)
+            if self.migration.path is MovePath.BLOCK and self._site.settle_device(volume, mover.source):
+                mover.watch()
             self._advance(MigrationPhase.QUIESCED)
             self._copy(mover, last=True)
             crash.point("migrate.copied")
@@ -318,17 +251,6 @@ class Move:
             self._close_target(volume)
             crash.point("migrate.closed")
             self._commit(volume, pause=time.monotonic() - begun)
-
-    def _reopen_device(self, volume: Volume, mover: Mover) -> None:
-        """What was mounted meanwhile is written back by unmounting it; its device must be as it was."""
-        presence, backend = self._core.mounts.presence, self._backend(volume)
-        path = presence.path(volume.id)
-        if volume.mode is not volume.mode.BLOCK and self._core.host.is_mountpoint(path):
-            backend.call(lambda: self._core.host.unmount(path))
-        if backend.call(lambda: device_of(volume, backend, presence)) != mover.source:
-            raise Busy("its device changed", subject=f"volume {volume.name}")
-        if self._core.repository.disturbed(volume.id):
-            mover.watch()
 
     def _prove(self) -> str:
         """The digest. Raises IntegrityError naming what differs."""
@@ -348,7 +270,7 @@ class Move:
             self._mover.close()
             self._mover = None
         target = at(volume, self.migration.target)
-        source_size, place = self.migration.source.size, self._place()
+        source_size, place = self.migration.source.size, self._site.other()
         if self.migration.path is MovePath.BLOCK and target.size and source_size and target.size > source_size:
             place.grow(target)
         place.close(target)
@@ -379,44 +301,17 @@ class Move:
 
     # Past the commit point
     def _go_over(self) -> None:
-        self.show_new_place()
+        self._site.show_new_place()
         if self.migration.held:
             self._release_held(moved=True)
-        self._take_source_away()
+        self._site.take_source_away()
         self._core.repository.calm(self.migration.volume_id)
         crash.point("migrate.shown")
         self._advance(MigrationPhase.KEPT)
 
-    def show_new_place(self) -> None:
-        """At the volume's path on this node: what its record says now, and only if anybody holds it."""
-        core, presence = self._core, self._core.mounts.presence
-        with self._locked() as volume:
-            source, target = source_and_target(self.migration, volume)
-            old, new = self._backend(source), self._backend(target)
-            shown = new.call(lambda: presence.observe(target, new.driver))
-            if shown is not Observed.MOUNTED and (
-                old.call(lambda: presence.observe(source, old.driver)) is not Observed.FOREIGN
-            ):
-                with contextlib.suppress(InUse):  # frozen containers have it still: it goes when they were let go
-                    old.call(lambda: presence.remove(source, old.driver))
-            crash.point("migrate.hidden")
-            if core.repository.bindings(volume.id, node=core.node):
-                new.call(lambda: presence.establish(target, new.driver))
-            else:
-                new.call(lambda: presence.remove(target, new.driver))
-
-    def _take_source_away(self) -> None:
-        """Not mapped any more: only what is in use is present on a node."""
-        with self._locked() as volume:
-            source = at(volume, self.migration.source)
-            backend = self._backend(source)
-            driver = backend.driver
-            if isinstance(driver, BlockDriver) and source.handle is not None:
-                backend.call(lambda: self._core.mounts.presence.unmap(source, driver))
-
     def _release_held(self, *, moved: bool) -> None:
         """After a crash: whoever was stopped goes on."""
-        writers = self._stop_writers(self._volume(), [])
+        writers = self._stop_writers(self._site.volume(), [])
         if writers is not None:
             self._let_go(writers, self.migration.held, moved=moved)
         self.migration = self._records.change(self.migration.id, held=b"")
@@ -439,8 +334,8 @@ class Move:
         volume = core.repository.volume(self.migration.volume_id)
         if volume is not None:
             with core.locks.hold(volume.id):
-                self._give_back(volume)
-        place = self._place()
+                self._site.give_back(volume)
+        place = self._site.other()
         gone = volume or Volume(
             id=self.migration.volume_id,
             name=self.migration.volume_name,
@@ -452,17 +347,6 @@ class Move:
         crash.point("migrate.destroyed")
         self._advance(self._end_of_the_way_back())
         place.forget()
-
-    def _give_back(self, volume: Volume) -> None:
-        core = self._core
-        held = core.repository.binding(volume.id, node=core.node, engine=Engine.VOLUMED, mount_id=self.migration.id)
-        if held is not None:
-            with core.repository.transaction() as transaction:
-                transaction.delete(held)
-        core.repository.calm(volume.id)
-        current = core.repository.volume(volume.id)
-        if current is not None:
-            core.mounts.settle(current, self._backend(current))
 
     def _end_of_the_way_back(self) -> MigrationPhase:
         if any(phase is MigrationPhase.CUTOVER for phase, _ in self.migration.phases):
@@ -487,6 +371,3 @@ class Move:
                     f"is full: {error.text}", subject=f"backend {backend.name}", hint="free some space there"
                 )
         return error
-
-
-__all__ = ["Busy", "Move", "Stopped", "StopWriters"]

@@ -1,0 +1,148 @@
+"""Both places of a move on this node: the volume held at its own, the other beside it, one shown after the other."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from volumed.core.backends import Backend
+from volumed.core.core import Core
+from volumed.core.presence import Observed
+from volumed.driver import BlockDriver
+from volumed.errors import InUse, NotFound, VolumedError
+from volumed.migration.places import OtherPlace, at, device_of, source_and_target
+from volumed.model import Binding, Engine, Migration, MovePath, Volume, now
+from volumed.testing import crash
+
+
+class Busy(VolumedError):
+    """Somebody took the volume in the moment before it was to be held still."""
+
+    code = "in_use"
+    retry_after = 1.0
+
+
+class Sides(NamedTuple):
+    source: Path
+    target: Path
+
+
+class Site:
+    def __init__(self, core: Core, migration: Migration) -> None:
+        self._core = core
+        self.migration = migration
+        self._opened: OtherPlace | None = None
+
+    def volume(self) -> Volume:
+        """Raises NotFound, InUse for a volume that lies elsewhere by now."""
+        volume = self._core.repository.volume(self.migration.volume_id)
+        if volume is None:
+            raise NotFound("was removed", subject=f"volume {self.migration.volume_name}")
+        own = self.migration.target if self.migration.phase.committed else self.migration.source
+        if volume.stored_as != own.stored_as:
+            raise InUse("was moved elsewhere meanwhile", subject=f"volume {volume.name}")
+        return volume
+
+    def backend(self, volume: Volume) -> Backend:
+        return self._core.backends.get(volume.backend)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[Volume]:
+        with self._core.locks.hold(self.migration.volume_id, subject=f"volume {self.migration.volume_name}"):
+            yield self.volume()
+
+    def other(self) -> OtherPlace:
+        if self._opened is None:
+            self._opened = OtherPlace(self._core, self.migration)
+        return self._opened
+
+    def take(self) -> None:
+        """Hold the volume on this node: its tree stays mounted, or its device mapped, whoever comes and goes."""
+        core, block = self._core, self.migration.path is MovePath.BLOCK
+        with self.locked() as volume:
+            others = self.others(volume)
+            held = core.repository.binding(volume.id, node=core.node, engine=Engine.VOLUMED, mount_id=self.migration.id)
+            if held is None:
+                held = Binding(
+                    volume_id=volume.id,
+                    node=core.node,
+                    engine=Engine.VOLUMED,
+                    mount_id=self.migration.id,
+                    since=now(),
+                    staging=True,
+                    block=block,
+                )
+                with core.repository.transaction() as transaction:
+                    transaction.put(held)
+                    if others:
+                        transaction.disturb(volume.id)
+            if block and not others:
+                backend = self.backend(volume)
+                backend.call(lambda: core.mounts.presence.remove(volume, backend.driver))
+                core.repository.calm(volume.id)
+        crash.point("migrate.taken")
+
+    def others(self, volume: Volume) -> list[Binding]:
+        """Holds of anybody but us."""
+        return [held for held in self._core.repository.bindings(volume.id) if held.engine is not Engine.VOLUMED]
+
+    def sides(self) -> Sides:
+        with self.locked() as volume:
+            source, target = source_and_target(self.migration, volume)
+            backend, presence = self.backend(source), self._core.mounts.presence
+            if self.migration.path is MovePath.TREE:
+                there = backend.call(lambda: presence.establish(source, backend.driver))
+            else:
+                there = backend.call(lambda: device_of(source, backend, presence))
+            return Sides(there, self.other().open(target, self.migration.path))
+
+    def settle_device(self, volume: Volume, device: Path) -> bool:
+        """What was mounted meanwhile is written back by unmounting it; its device must be as it was. Whether it was
+        used since it was first looked at."""
+        presence, backend = self._core.mounts.presence, self.backend(volume)
+        path = presence.path(volume.id)
+        if volume.mode is not volume.mode.BLOCK and self._core.host.is_mountpoint(path):
+            backend.call(lambda: self._core.host.unmount(path))
+        if backend.call(lambda: device_of(volume, backend, presence)) != device:
+            raise Busy("its device changed", subject=f"volume {volume.name}")
+        return self._core.repository.disturbed(volume.id)
+
+    def show_new_place(self) -> None:
+        """At the volume's path on this node: what its record says now, and only if anybody holds it."""
+        core, presence = self._core, self._core.mounts.presence
+        with self.locked() as volume:
+            source, target = source_and_target(self.migration, volume)
+            old, new = self.backend(source), self.backend(target)
+            shown = new.call(lambda: presence.observe(target, new.driver))
+            if shown is not Observed.MOUNTED and (
+                old.call(lambda: presence.observe(source, old.driver)) is not Observed.FOREIGN
+            ):
+                with contextlib.suppress(InUse):  # frozen containers have it still: it goes when they were let go
+                    old.call(lambda: presence.remove(source, old.driver))
+            crash.point("migrate.hidden")
+            if core.repository.bindings(volume.id, node=core.node):
+                new.call(lambda: presence.establish(target, new.driver))
+            else:
+                new.call(lambda: presence.remove(target, new.driver))
+
+    def take_source_away(self) -> None:
+        """Not mapped any more: only what is in use is present on a node."""
+        with self.locked() as volume:
+            source = at(volume, self.migration.source)
+            backend = self.backend(source)
+            driver = backend.driver
+            if isinstance(driver, BlockDriver) and source.handle is not None:
+                backend.call(lambda: self._core.mounts.presence.unmap(source, driver))
+
+    def give_back(self, volume: Volume) -> None:
+        core = self._core
+        held = core.repository.binding(volume.id, node=core.node, engine=Engine.VOLUMED, mount_id=self.migration.id)
+        if held is not None:
+            with core.repository.transaction() as transaction:
+                transaction.delete(held)
+        core.repository.calm(volume.id)
+        current = core.repository.volume(volume.id)
+        if current is not None:
+            core.mounts.settle(current, self.backend(current))

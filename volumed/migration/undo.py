@@ -1,0 +1,124 @@
+"""Back to where a volume was, while its old place is kept."""
+
+from __future__ import annotations
+
+import msgspec
+
+from volumed.core.core import Core
+from volumed.core.mounts import describe_each
+from volumed.errors import InUse, PreconditionFailed
+from volumed.migration.places import at, place_of
+from volumed.migration.records import Records
+from volumed.model import Migration, MigrationPhase, Volume, VolumeState, new_migration_id, now
+from volumed.store.repository import Repository, Transaction
+from volumed.testing import crash
+
+
+class Undo:
+    def __init__(self, core: Core, records: Records) -> None:
+        self._core = core
+        self._records = records
+
+    def _volume(self, migration: Migration) -> Volume:
+        volume = self._core.volumes.get(migration.volume_id)
+        if volume.stored_as != migration.target.stored_as:
+            raise PreconditionFailed(
+                "was moved on since", subject=f"volume {volume.name}", hint="undo the later move first"
+            )
+        return volume
+
+    def _users_since(self, migration: Migration, volume: Volume) -> list[str]:
+        moved = next(when for phase, when in migration.phases if phase is MigrationPhase.CUTOVER)
+        there = [line for held in self._core.repository.bindings(volume.id) for line in describe_each(held)]
+        gone = [
+            consumer.name or consumer.id[:12]
+            for ended in self._core.repository.history(volume.id)
+            if ended.until > moved
+            for consumer in ended.consumers
+        ]
+        ended = [held for held in self._core.repository.history(volume.id) if held.until > moved]
+        return list(dict.fromkeys([*there, *gone])) or [f"{held.engine}" for held in ended]
+
+    def switch_back(self, migration: Migration, *, discard: bool) -> Migration:
+        """The commit point of an undo: from here on the target is what goes."""
+        core = self._core
+        users = self._users_since(migration, self._volume(migration))
+        if users and not discard:
+            raise PreconditionFailed(
+                f"was used since the move, and what was written would be lost: {', '.join(users)}",
+                subject=f"volume {migration.volume_name}",
+                hint="carry it back with --carry, or lose it with --discard",
+            )
+        with core.locks.hold(migration.volume_id):
+            volume = self._volume(migration)
+            backend = core.backends.get(volume.backend)
+            snapshots = [snapshot.name for snapshot in core.repository.snapshots(volume.id)]
+            if snapshots:
+                raise InUse(
+                    "has snapshots taken since the move",
+                    holders=snapshots,
+                    subject=f"volume {volume.name}",
+                    hint="remove them first",
+                )
+            back = at(volume, migration.source)
+
+            def switch(transaction: Transaction) -> None:
+                transaction.put(back, previous=volume)
+                for snapshot in migration.snapshots:
+                    transaction.put(msgspec.structs.replace(snapshot, revision=0))
+
+            with core.mounts.unmounted(volume, backend):
+                crash.point("migrate.unmounted-for-rollback")
+                undone = self._records.advance(
+                    migration, MigrationPhase.ABORTING, switch, snapshots=(), kept_until=None, error=""
+                )
+                crash.point("migrate.rolled-back")
+        return undone
+
+    def carry_back(self, migration: Migration) -> Migration:
+        """A move into what is the source still, which is not an undo any more once it began to be written."""
+        volume = self._volume(migration)
+        refuse_second(self._core.repository, volume)
+        back = Migration(
+            id=new_migration_id(),
+            volume_id=volume.id,
+            volume_name=volume.name,
+            node=self._core.node,
+            phase=MigrationPhase.PREPARED,
+            path=migration.path,
+            source=place_of(volume),
+            target=migration.source,
+            created=now(),
+            by=migration.by,
+            bandwidth=migration.bandwidth,
+            keep_source=migration.keep_source,
+            accepted=migration.accepted,
+            returns=migration.id,
+        )
+        if migration.snapshots:
+            raise PreconditionFailed(
+                "its old place has snapshots, which a move into it would make false",
+                subject=f"volume {volume.name}",
+                hint="discard what was written since with --discard, or move it as a new move",
+            )
+
+        def supersede(transaction: Transaction) -> None:
+            self._records.hand_over(transaction, migration)
+
+        with self._core.locks.hold(volume.id):
+            begun = self._records.begin(back, supersede)
+        crash.point("migrate.planned-back")
+        return begun
+
+
+def refuse_second(repository: Repository, volume: Volume) -> None:
+    """Raises InUse for a volume that is being moved, or changed otherwise."""
+    there = repository.migration_of(volume.id)
+    if there is not None:
+        raise InUse(
+            f"is being moved to backend {there.target.backend} already",
+            subject=f"volume {volume.name}",
+            hint=f"see `volumectl migration show {there.id}`",
+        )
+    if volume.state is not VolumeState.READY:
+        raise InUse(f"is {volume.state}", subject=f"volume {volume.name}")
