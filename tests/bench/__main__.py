@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tests.bench.ceph import ceph
 from tests.bench.csi import csi
+from tests.bench.devices import devices
 from tests.bench.ebs import ebs
 from tests.bench.measure import milliseconds, percentile, resident, show, spread, times
 from tests.harness.docker import PLUGINS, running_docker
@@ -289,7 +290,7 @@ def hanging() -> None:
             loop.detach(device)
 
 
-SECTIONS = (mounting, asking, starting, engine, crowd, hanging, csi, ebs, ceph)
+SECTIONS = (mounting, asking, starting, engine, crowd, hanging, csi, devices, ebs, ceph)
 
 if __name__ == "__main__":
     wanted = set(sys.argv[1:])

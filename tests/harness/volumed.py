@@ -179,6 +179,13 @@ arguments = {json.dumps(list(podman or ()))}
             time.sleep(0.05)
         raise AssertionError(f"no {kind} came: {self.events()}")
 
+    def metrics(self) -> str:
+        """What Prometheus is told."""
+        connection = UnixConnection(self.admin_socket, timeout=30)
+        with contextlib.closing(connection):
+            connection.request("GET", "/metrics")
+            return connection.getresponse().read().decode()
+
     # What is on the machine because of it
     def mounted(self) -> dict[str, str]:
         """Volume id -> what is mounted at its path on the host."""

@@ -48,6 +48,8 @@ def migrate(session: Session, /, *, volume: str, all_from: str | None, parallel:
     body = _body(**wanted)
     if bool(volume) == bool(all_from):
         raise click.UsageError("name one VOLUME, or all of a backend with --all-from")
+    if all_from and detach:
+        raise click.UsageError("--all-from waits for the moves it begins; leave --detach out")
     if all_from:
         return _evacuate(session, all_from, body, parallel=parallel, dry_run=dry_run)
     if dry_run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter as Counts
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -43,13 +44,14 @@ BACKEND_SINCE = Documented(
 CAPACITY = Documented("volumed_backend_capacity_bytes", "Room of the backend, as it was last measured", ("backend",))
 AVAILABLE = Documented("volumed_backend_available_bytes", "... and what of it is free", ("backend",))
 STUCK = Documented("volumed_stuck_operations", "Operations set aside with an error, tried again on the timer")
+MIGRATIONS = Documented("volumed_migrations", "Moves of volumes, by phase; those that ended are history", ("phase",))
 MISSING = Documented("volumed_missing_mounts", "Running containers whose volume is not mounted")
 ORPHANS = Documented("volumed_findings", "What the last run of the doctor found, by kind", ("kind",))
 
 METRICS = (
     *(OPERATIONS, REQUESTS, RECONCILED, VOLUMES, PROVISIONED, BINDINGS),
     *(BACKEND_SINCE, CAPACITY, AVAILABLE),
-    *(MOUNTED, BACKEND_UP, STUCK, MISSING, ORPHANS),
+    *(MOUNTED, BACKEND_UP, STUCK, MIGRATIONS, MISSING, ORPHANS),
 )
 
 
@@ -114,6 +116,10 @@ class _LedgerCollector(Collector):
         yield from self._backends()
         yield _gauge(MOUNTED, len(core.mounts.mounted_ids()))
         yield _gauge(STUCK, sum(bool(operation.error) for operation in core.repository.operations()))
+        moves = _gauge(MIGRATIONS)
+        for phase, count in Counts(migration.phase for migration in core.repository.migrations()).items():
+            moves.add_metric([phase], count)
+        yield moves
         yield _gauge(MISSING, len(core.bindings.missing_mounts()))
         found = _gauge(ORPHANS)
         for kind, count in dict(self._findings).items():

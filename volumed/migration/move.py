@@ -159,6 +159,8 @@ class Move:
     # Holding still
     def _converge(self) -> None:
         """Rounds while it is in use, each proven at once; then whoever writes is held still, or waited for."""
+        if self.migration.held:  # a crash between holding still and the last round
+            self._release_held(moved=False)
         mover, rounds = self._open(), 0
         while others := self._site.others(self._site.volume()):
             spent = 0.0

@@ -133,6 +133,10 @@ def shape_of(volume: Volume, target: Backend, wish: Wish, census: Census | None)
             size = max(size, least) if wish.size is None else size
             if size < least:
                 raise OutOfRange(f"{size} bytes are too small for {filesystem}, which needs {least}", subject=subject)
+    elif volume.encryption:
+        raise NotSupported(
+            "holds folders, which cannot be encrypted as the volume is", subject=f"backend {target.name}"
+        )
     elif wish.filesystem:
         raise NotSupported("volumes there are trees of the backend's own", subject=f"backend {target.name}")
     elif Capability.SIZE not in target.capabilities:
