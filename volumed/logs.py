@@ -30,7 +30,8 @@ def configure(*, level: str, format: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for noisy in ("uvicorn", "asyncio"):
+    # The SDKs tell whole requests and answers when debugging, and with them what a secret is made into.
+    for noisy in ("uvicorn", "asyncio", "boto3", "botocore", "urllib3", "s3transfer"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

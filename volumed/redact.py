@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import threading
 import urllib.parse
@@ -29,6 +30,8 @@ def _forms(secret: str) -> Iterator[str]:
     yield secret
     yield repr(secret)[1:-1]
     yield json.dumps(secret)[1:-1]
+    yield html.escape(secret)
+    yield html.escape(secret, quote=False)
     yield urllib.parse.quote(secret, safe="")
     yield urllib.parse.quote_plus(secret)
     yield base64.b64encode(secret.encode()).decode().rstrip("=")

@@ -35,7 +35,6 @@ from volumed.testing.conformance import DriverConformance, MakeDriver
 from volumed.units import MIB
 from volumed_drivers.nfs import NfsDriver, NfsOptions
 
-DISK = os.environ.get("VOLUMED_DISK", "")
 HOST = LinuxHost()
 
 
@@ -79,40 +78,6 @@ class TestNfsDriver(DriverConformance):
 
 
 # Sizes
-QUOTA_COMMAND = """#!/bin/sh
-# quota set FOLDER BYTES | quota clear FOLDER, as an administrator of the server would write it.
-set -e
-folder="/srv/nfs$2"
-number=$(printf %s "$2" | cksum | cut -d' ' -f1)
-case $1 in
-set)
-    xfs_quota -x -c "project -s -p $folder $number" /srv/nfs/bounded >/dev/null
-    xfs_quota -x -c "limit -p bhard=$3 $number" /srv/nfs/bounded ;;
-clear) xfs_quota -x -c "limit -p bhard=0 $number" /srv/nfs/bounded ;;
-esac
-"""
-
-
-@pytest.fixture(scope="session")
-def bounded(server: NfsServer) -> Path:
-    """An export on XFS with project quotas, and the command that sets one."""
-    folder = TOP / "bounded"
-    folder.mkdir(parents=True)
-    sh("mkfs.xfs", "-q", "-f", DISK)
-    sh("mount", "-o", "prjquota", DISK, folder)
-    server.export("bounded")
-    command = Path("/root/quota")
-    command.write_text(QUOTA_COMMAND)
-    command.chmod(0o755)
-    return command
-
-
-class TestNfsDriverWithQuota(DriverConformance):
-    @pytest.fixture
-    def make_driver(self, bounded: Path) -> MakeDriver:
-        return lambda: make("bounded", "quota", quota_command=bounded)
-
-
 def test_a_quota_command_that_does_nothing_is_found_out(server: NfsServer) -> None:
     driver = make(quota_command=Path("/bin/true"))
     with pytest.raises(NotSupported, match="the server does not enforce 64.*MiB: the folder shows"):
