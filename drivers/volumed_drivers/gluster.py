@@ -140,9 +140,11 @@ class GlusterDriver(RemoteFolders):
             )
         super()._renew()
 
-    def needs_remount(self, handle: Handle, number: int) -> bool:
-        clients = self.host.helpers(f"gluster-{self.backend}-")  # of earlier settings as well
-        return number == errno.ESTALE or not all(client.running for client in clients)
+    def needs_remount(self, handle: Handle, target: Path, number: int) -> bool:
+        """Not while its own client runs, which finds its bricks again. One that was started since is another."""
+        mine, client = self._entry(target), self._entry(self._top)
+        served = mine is not None and client is not None and mine.device == client.device
+        return number == errno.ESTALE or not (served and self._attached(self._top))
 
     def _entry(self, target: Path) -> MountEntry | None:
         table = reversed(self.host.mounts())

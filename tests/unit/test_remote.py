@@ -122,3 +122,8 @@ def test_a_helper_that_ends_is_said_once_with_its_volume(lab: Lab) -> None:
     lab.host._helpers[f"fuse-{volume.id}"] = Helper(f"fuse-{volume.id}", 8, ("client", "-f"), running=False)
     lab.core.helpers.look()
     assert lab.events().count("helper.died") == 2
+    lab.host._helpers[f"fuse-{volume.id}"] = Helper(f"fuse-{volume.id}", 9, ("client", "-f"), running=True)
+    lab.core.helpers.look()
+    lab.host._helpers[f"fuse-{volume.id}"] = Helper(f"fuse-{volume.id}", 10, ("client", "-f"), running=True)
+    lab.core.helpers.look()
+    assert lab.events().count("helper.restarted") == 1

@@ -217,6 +217,7 @@ class Core:
     def recover(self, *first: Callable[[], None]) -> None:
         """Before anybody is served: the backends are probed, what a crash cut short is settled, by `first` too, and
         every volume that is bound is mounted again. A backend that hangs is left behind after a few seconds."""
+        self._guarded("helpers", self.helpers.look)  # before the probes start them again
         self._prober.look(patience=5.0)
         for settle in first:
             settle()

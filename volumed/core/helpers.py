@@ -21,22 +21,27 @@ class HelperWatch:
         self._host = host
         self._repository = repository
         self._events = events
-        self._told: set[tuple[str, int]] = set()
+        self._known: dict[str, Helper] = {}
 
     def look(self) -> None:
         """Each that has ended since the last look, once. A helper stopped on purpose is forgotten, and not dead."""
-        dead = {(helper.name, helper.pid): helper for helper in self._host.helpers("") if not helper.running}
-        for key in dead.keys() - self._told:
-            self._tell(dead[key])
-        self._told = set(dead)
+        now = {helper.name: helper for helper in self._host.helpers("")}
+        for name, helper in now.items():
+            before = self._known.get(name)
+            if helper.running:
+                if before is not None and before.pid != helper.pid and before.running:
+                    self._tell("helper.restarted", before, f"has ended, and was started again as pid {helper.pid}")
+            elif before != helper:
+                said = self._host.helper_log(name, limit=300).replace("\n", "; ") or "it said nothing"
+                self._tell("helper.died", helper, f"has ended: {said}")
+        self._known = now
 
-    def _tell(self, helper: Helper) -> None:
+    def _tell(self, kind: str, helper: Helper, what: str) -> None:
         named = _VOLUME_ID.search(helper.name)
         volume = self._repository.volume(named[0]) if named else None
-        said = self._host.helper_log(helper.name, limit=300).replace("\n", "; ") or "it said nothing"
         self._events.publish(
-            "helper.died",
+            kind,
             volume.name if volume else helper.name,
-            f"{helper.argv[0]} (helper {helper.name}, pid {helper.pid}) has ended: {said}",
+            f"{helper.argv[0]} (helper {helper.name}, pid {helper.pid}) {what}",
             level=logging.ERROR,
         )

@@ -113,7 +113,7 @@ class Presence:
         try:
             self.host.tree_status(target)
         except MountFailed as error:
-            return error.errno in _DEAD and driver.needs_remount(handle, error.errno)
+            return error.errno in _DEAD and driver.needs_remount(handle, target, error.errno)
         return False
 
     def _is_of(self, volume: Volume, target: Path, device: Path) -> bool:

@@ -164,9 +164,9 @@ class FilesystemDriver(Driver):
         """Whether what is mounted at `target` is this volume. Overridden where a cheap look can tell."""
         return self.host.is_mountpoint(target)
 
-    def needs_remount(self, handle: Handle, number: int) -> bool:
-        """Whether the errno that a look at the mounted tree told, ESTALE or ENOTCONN, lasts until it is mounted anew.
-        Asked where `remote` is set."""
+    def needs_remount(self, handle: Handle, target: Path, number: int) -> bool:
+        """Whether the errno that a look at the tree at `target` told, ESTALE or ENOTCONN, lasts until it is mounted
+        anew. Asked where `remote` is set."""
         return True
 
 

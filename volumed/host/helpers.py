@@ -8,6 +8,7 @@ stopping or upgrading volumed does not touch it; elsewhere in a session of its o
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import secrets
@@ -26,6 +27,7 @@ from volumed.driver import Helper
 from volumed.errors import CommandFailed, HostError
 from volumed.host.run import ENVIRONMENT
 
+_log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,199}")
 _SYSTEMD = Path("/run/systemd/system")
 # Bytes. The folder lies in memory, and whatever a helper prints for months must not fill it.
@@ -111,6 +113,9 @@ class Helpers:
         return redact.blank(tail.decode("utf-8", "backslashreplace"))[-limit:].strip()
 
     def stop(self, name: str, *, timeout: float) -> None:
+        found = self.find(name)
+        if found is not None and not found.running:
+            _log.warning("helper %s (pid %d) had ended: %s", name, found.pid, self.log(name, 300) or "it said nothing")
         for number, patience in ((signal.SIGTERM, context.remaining(timeout)), (signal.SIGKILL, 2.0)):
             found = self.find(name)
             if found is None or not found.running:
