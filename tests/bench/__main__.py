@@ -20,6 +20,7 @@ from tests.bench.csi import csi
 from tests.bench.devices import devices
 from tests.bench.ebs import ebs
 from tests.bench.measure import milliseconds, percentile, resident, show, spread, times
+from tests.bench.trees import million, trees
 from tests.harness.docker import PLUGINS, running_docker
 from tests.harness.processes import Process
 from tests.harness.volumed import Volumed, running_volumed
@@ -290,7 +291,7 @@ def hanging() -> None:
             loop.detach(device)
 
 
-SECTIONS = (mounting, asking, starting, engine, crowd, hanging, csi, devices, ebs, ceph)
+SECTIONS = (mounting, asking, starting, engine, crowd, hanging, csi, devices, ebs, ceph, trees, million)
 
 if __name__ == "__main__":
     wanted = set(sys.argv[1:])
