@@ -125,8 +125,12 @@ class Connection:
         question = json.dumps({"prefix": prefix, "format": "json", **words})
         send = self.cluster.mgr_command if manager else self.cluster.mon_command
         number, told, text = send(question, b"", timeout=self.timeout)
+        number = abs(number)  # a manager's is positive when it did not answer
+        if number == errno.ETIMEDOUT:
+            who = "manager" if manager else "cluster"
+            raise BackendUnavailable(f"`{prefix}`: the {who} did not answer within {self.timeout} s")
         if number != 0:
-            raise _error_of(-number, f"`{prefix}` failed: {text or os.strerror(-number)}")
+            raise _error_of(number, f"`{prefix}` failed: {text or os.strerror(number)}")
         try:
             return json.loads(told)
         except ValueError:

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import os
 import secrets
+import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import wait_until
 from tests.harness.ceph import FILESYSTEM, Ceph
+from tests.harness.trees import not_held
+from volumed.driver import VolumeSpec
+from volumed.errors import (
+    BackendError,
+    BackendUnavailable,
+    ConfigError,
+    DeadlineExceeded,
+    MountFailed,
+    NotFound,
+    PermissionDenied,
+)
 from volumed.host.linux import LinuxHost
+from volumed.model import Handle, VolumeMode, new_volume_id
+from volumed.testing import crash
 from volumed.testing.conformance import DriverConformance, MakeDriver
+from volumed.units import MIB
 from volumed_drivers.cephfs import CephFsDriver, CephFsOptions
 
 pytestmark = pytest.mark.root
@@ -22,13 +43,7 @@ MakeCephFs = Callable[..., CephFsDriver]
 def key(ceph: Ceph) -> Path:
     """Of a user with the least that it takes: as in the README."""
     ceph.start_filesystem()
-    return ceph.make_user(
-        "files",
-        mon="allow r",
-        mgr="allow module volumes rw",
-        mds=f"allow rw fsname={FILESYSTEM} path=/volumes",
-        osd=f"allow rw tag cephfs data={FILESYSTEM}",
-    )
+    return ceph.make_files_user()
 
 
 @pytest.fixture
@@ -52,3 +67,236 @@ class TestConformance(DriverConformance):
     @pytest.fixture
     def make_driver(self, make_cephfs: MakeCephFs) -> MakeDriver:
         return make_cephfs
+
+
+@pytest.fixture
+def driver(make_cephfs: MakeCephFs) -> CephFsDriver:
+    made = make_cephfs()
+    made.probe()
+    return made
+
+
+def create(driver: CephFsDriver, size: int | None = None) -> Handle:
+    return driver.create(VolumeSpec(new_volume_id(), size, VolumeMode.FILESYSTEM, driver.VolumeOptions())).handle
+
+
+@contextlib.contextmanager
+def mounted(driver: CephFsDriver, handle: Handle, target: Path) -> Iterator[Path]:
+    target.mkdir(exist_ok=True)
+    driver.mount(handle, target, options=(), readonly=False)
+    try:
+        yield target
+    finally:
+        driver.unmount(handle, target)
+
+
+def client_pid(handle: Handle) -> int:
+    (helper,) = LinuxHost().helpers(f"cephfs-{handle}-")
+    assert helper.running
+    return helper.pid
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    """No client and no key outlives a test."""
+    yield
+    folder = LinuxHost().private_folder("cephfs-none")
+    folder.rmdir()
+    kept = list(folder.parent.glob("cephfs-*"))
+    left = LinuxHost().helpers("cephfs-")
+    for helper in left:
+        LinuxHost().stop_helper(helper.name)
+    assert (list(left), kept) == ([], [])
+
+
+def test_it_holds_what_it_says_and_no_more(driver: CephFsDriver, tmp_path: Path) -> None:
+    with mounted(driver, create(driver), tmp_path / "at") as tree:
+        assert not_held(tree) == driver.cannot_hold
+
+
+def test_a_full_volume_takes_more_once_it_has_grown(driver: CephFsDriver, tmp_path: Path) -> None:
+    handle = create(driver, 8 * MIB)
+    with mounted(driver, handle, tmp_path / "at") as tree:
+        with pytest.raises(OSError) as full:
+            (tree / "large").write_bytes(bytes(64 * MIB))
+        assert full.value.errno == errno.EDQUOT
+        (tree / "large").unlink()
+        assert driver.expand(handle, 128 * MIB) == 128 * MIB
+        (tree / "large").write_bytes(bytes(64 * MIB))
+        assert driver.host.tree_status(tree).total == 128 * MIB
+
+
+def test_no_container_lifts_its_own_quota(driver: CephFsDriver, tmp_path: Path) -> None:
+    with mounted(driver, create(driver, 8 * MIB), tmp_path / "at") as tree, pytest.raises(PermissionError):
+        os.setxattr(tree, "ceph.quota.max_bytes", b"0")
+
+
+def test_nodes_see_one_another_at_once(driver: CephFsDriver, tmp_path: Path) -> None:
+    handle = create(driver)
+    with mounted(driver, handle, tmp_path / "one") as one, mounted(driver, handle, tmp_path / "other") as other:
+        (one / "file").write_text("from one")
+        assert (other / "file").read_text() == "from one"
+        with (one / "file").open("r+") as mine, (other / "file").open("r+") as yours:
+            fcntl.flock(mine, fcntl.LOCK_EX)
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(yours, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_mount_that_reads_only(driver: CephFsDriver, tmp_path: Path) -> None:
+    handle = create(driver)
+    (tmp_path / "at").mkdir()
+    driver.mount(handle, tmp_path / "at", options=("noexec",), readonly=True)
+    with pytest.raises(OSError, match="Read-only"):
+        (tmp_path / "at" / "file").touch()
+    driver.unmount(handle, tmp_path / "at")
+    with pytest.raises(MountFailed, match="cannot take the option 'keyring=x'"):
+        driver.mount(handle, tmp_path / "at", options=("keyring=x",), readonly=False)
+
+
+def test_the_key_is_in_no_command_line_environment_or_file(driver: CephFsDriver, key: Path, tmp_path: Path) -> None:
+    secret = key.read_text().strip()
+    handle = create(driver)
+    with mounted(driver, handle, tmp_path / "at"):
+        for name in ("cmdline", "environ"):
+            assert secret.encode() not in Path(f"/proc/{client_pid(handle)}/{name}").read_bytes()
+        assert subprocess.run(["grep", "-rqsF", secret, "/run/volumed"], check=False).returncode == 1
+
+
+def test_a_wrong_key_is_named_and_not_shown(make_cephfs: MakeCephFs, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong"
+    wrong.write_text("AQBAAAAAAAAAABAAAAAAAAAAAAAAAAAAAAAAAA==")
+    wrong.chmod(0o600)
+    with pytest.raises(PermissionDenied, match=r"client\.files") as refused:
+        make_cephfs(key=f"file:{wrong}").probe()
+    assert "AQBAAA" not in str(refused.value)
+
+
+def test_a_file_system_that_is_not_there_is_named(make_cephfs: MakeCephFs) -> None:
+    with pytest.raises(BackendUnavailable, match=f"no CephFS nowhere. there are: {FILESYSTEM}"):
+        make_cephfs(filesystem="nowhere").probe()
+
+
+def test_the_kernel_is_refused_where_it_cannot(make_cephfs: MakeCephFs) -> None:
+    with pytest.raises(ConfigError, match="this kernel has no module ceph"):
+        make_cephfs(**{"mount-with": "kernel"}).probe()
+    assert make_cephfs().probe().facts["not kernel"] == "this kernel has no module ceph"
+
+
+def test_a_subvolume_removed_behind_our_back_is_not_found(driver: CephFsDriver, tmp_path: Path) -> None:
+    handle = create(driver)
+    driver._volumes.remove(handle)
+    (tmp_path / "at").mkdir()
+    with pytest.raises(NotFound, match="is gone. put it back from a backup"):
+        driver.mount(handle, tmp_path / "at", options=(), readonly=False)
+    driver.delete(handle)
+
+
+def test_a_copy_that_was_never_finished_leaves_nothing_on_its_source(
+    driver: CephFsDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = create(driver)
+    spec = VolumeSpec(new_volume_id(), None, VolumeMode.FILESYSTEM, driver.VolumeOptions())
+
+    def kill(name: str) -> None:
+        if name == "cephfs.copy.begun":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(crash, "point", kill)
+        driver.clone(source, spec)
+    left = driver.find(spec.id)
+    assert left is not None
+    driver.delete(left)
+    assert driver.find(spec.id) is None
+    assert driver._volumes.snapshots(source) == []
+    driver.delete(source)
+
+
+# Clients and servers that fail
+def test_a_client_that_died_is_seen_and_replaced(driver: CephFsDriver, tmp_path: Path) -> None:
+    handle, target = create(driver), tmp_path / "at"
+    with mounted(driver, handle, target) as tree:
+        with (tree / "file").open("w") as file:
+            file.write("kept")
+            file.flush()
+            os.fsync(file.fileno())
+        os.kill(client_pid(handle), signal.SIGKILL)
+        wait_until(lambda: error_of(target) == errno.ENOTCONN)
+        assert driver.owns_mount(handle, target)
+        driver.unmount(handle, target)
+        driver.mount(handle, target, options=(), readonly=False)
+        assert (tree / "file").read_text() == "kept"
+
+
+def error_of(target: Path) -> int:
+    try:
+        LinuxHost().tree_status(target)
+    except MountFailed as error:
+        return error.errno
+    return 0
+
+
+def test_a_manager_that_hangs_ends_calls_and_keeps_mounts(ceph: Ceph, make_cephfs: MakeCephFs, tmp_path: Path) -> None:
+    driver = make_cephfs(timeout=5)
+    driver.probe()
+    handle = create(driver)
+    with mounted(driver, handle, tmp_path / "at") as tree:
+        ceph.hang("mgr.x")
+        try:
+            for call in (lambda: create(driver), lambda: driver.inspect(handle), lambda: driver.delete(handle)):
+                with pytest.raises(BackendError, match="did not answer"):
+                    call()
+            (tree / "file").write_text("goes on")
+        finally:
+            ceph.resume("mgr.x")
+        assert (tree / "file").read_text() == "goes on"
+    wait_until(lambda: answers(driver), timeout=90)
+
+
+def answers(driver: CephFsDriver) -> bool:
+    try:
+        driver.probe()
+    except BackendError:
+        return False
+    return True
+
+
+def test_a_metadata_server_that_hangs_ends_a_mount_and_leaves_nothing(
+    ceph: Ceph, make_cephfs: MakeCephFs, tmp_path: Path
+) -> None:
+    driver = make_cephfs(timeout=5)
+    driver.probe()
+    handle = create(driver)
+    (tmp_path / "at").mkdir()
+    found = driver._volumes.look(handle)
+    ceph.hang("mds.a")
+    try:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(driver._volumes, "look", lambda _: found)
+            with pytest.raises((MountFailed, DeadlineExceeded), match="backend files: .*(imed out|no answer)"):
+                driver.mount(handle, tmp_path / "at", options=(), readonly=False)
+        assert not driver.host.is_mountpoint(tmp_path / "at")
+    finally:
+        ceph.resume("mds.a")
+    wait_until(lambda: "up:active" in ceph.ceph("mds", "stat"))
+
+
+def test_what_was_written_before_the_servers_hung_is_written_when_they_are_back(
+    ceph: Ceph, driver: CephFsDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client that is still writing is left to it, and the next mount waits for it."""
+    monkeypatch.setattr("volumed_drivers.cephfs.FINISH_TIMEOUT", 2.0)
+    handle, target = create(driver), tmp_path / "at"
+    target.mkdir()
+    driver.mount(handle, target, options=(), readonly=False)
+    (target / "file").write_text("written")
+    ceph.hang("osd.0")
+    try:
+        with pytest.raises(DeadlineExceeded, match="has not written everything yet"):
+            driver.unmount(handle, target)
+        assert not driver.host.is_mountpoint(target)
+    finally:
+        ceph.resume("osd.0")
+    monkeypatch.setattr("volumed_drivers.cephfs.FINISH_TIMEOUT", 60.0)
+    with mounted(driver, handle, target) as tree:
+        assert (tree / "file").read_text() == "written"

@@ -166,7 +166,9 @@ class Ceph:
         self._processes[name] = Process(argv, log=self.folder / f"{name}.out")
 
     def start_filesystem(self) -> str:
-        """A CephFS; its name."""
+        """A CephFS, there already or not; its name."""
+        if "mds.a" in self._processes:
+            return FILESYSTEM
         for pool in ("files-metadata", "files-data"):
             self.ceph("osd", "pool", "create", pool, "8")
         self.ceph("fs", "new", FILESYSTEM, "files-metadata", "files-data")
@@ -175,8 +177,9 @@ class Ceph:
         return FILESYSTEM
 
     def start_gateway(self) -> str:
-        """An S3 gateway; its endpoint."""
-        self.run("client.rgw.a")
+        """An S3 gateway, there already or not; its endpoint."""
+        if "client.rgw.a" not in self._processes:
+            self.run("client.rgw.a")
         wait_until(self._gateway_answers, timeout=READY)
         return f"http://{self.address}:{self._gateway_port}"
 
@@ -242,6 +245,19 @@ class Ceph:
             osd=f"profile rbd pool={pool}",
             mgr=f"profile rbd pool={pool}",
         )
+
+    def make_files_user(self, name: str = "files", *, path: str = "/volumes") -> Path:
+        """As the README says, for the groups below `path`."""
+        return self.make_user(
+            name,
+            mon="allow r",
+            mgr="allow module volumes rw",
+            mds=f"allow rw fsname={FILESYSTEM} path={path}",
+            osd=f"allow rw tag cephfs data={FILESYSTEM}",
+        )
+
+    def allow_quotas(self, user: S3User) -> None:
+        sh("radosgw-admin", "-c", self.conf, "caps", "add", "--uid", user.name, "--caps", "buckets=*")
 
     def make_s3_user(self, name: str) -> S3User:
         user = S3User(name, secrets.token_hex(10), secrets.token_hex(20))
