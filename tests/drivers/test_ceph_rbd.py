@@ -215,6 +215,8 @@ def test_one_that_was_mapped_by_hand_is_seen(ceph: Ceph, make_rbd: MakeRbd) -> N
 def test_only_one_of_many_nodes_that_come_at_once_gets_it(make_rbd: MakeRbd) -> None:
     nodes = [make_rbd(node=f"node-{number}") for number in range(4)]
     handle = nodes[0].create(spec()).handle
+    for node in nodes:
+        node.probe()  # so that they come at the same time, each with a connection that is there
 
     def take(driver: CephRbdDriver) -> bool:
         try:

@@ -69,7 +69,7 @@ print(make().map({handle!r}))
 
 
 # What differs between the ways of mapping: the devices. The rest is the same code, and slow on an emulated machine.
-DEVICES = "device or restart or grows or key or way"
+DEVICES = "a_device or devices or restart or grows or key or way or room"
 
 
 @pytest.mark.parametrize(("method", "chosen"), [("auto", ""), ("nbd", DEVICES)])
