@@ -8,16 +8,18 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tests.bench.measure import milliseconds, percentile, show, spread
+from tests.bench.measure import milliseconds, percentile, show, spread, times
 from tests.conftest import sh
 from tests.harness.ceph import POOL, Ceph, ceph_cluster
 from tests.harness.volumed import Volumed, running_volumed
 from volumed.host import loop, mounts
 
 COUNT = 8
+HANGING = 20
 SIZE = "64M"
 
 
@@ -42,6 +44,36 @@ def ceph() -> None:
                 ],
                 goal="under 5 ms or 10 %",
             )
+        _beside_one_that_hangs(cluster, volumed)
+
+
+def _beside_one_that_hangs(cluster: Ceph, volumed: Volumed) -> None:
+    def create(name: str, **options: str) -> str:
+        return volumed.plugin("Create", Name=name, Opts=options, timeout=120).error
+
+    def pair() -> None:
+        volumed.plugin("Mount", Name="well", ID="bench")
+        volumed.plugin("Unmount", Name="well", ID="bench")
+
+    create("well")
+    before = times(pair, count=500)
+    cluster.hang("osd.0")
+    with ThreadPoolExecutor(HANGING) as pool:
+        hung = [pool.submit(create, f"sick{number}", backend="ceph", size=SIZE) for number in range(HANGING)]
+        time.sleep(1)
+        during = times(pair, count=500)
+        waiting = sum(not future.done() for future in hung)
+        cluster.resume("osd.0")
+        errors = [error for future in hung if (error := future.result())]
+    show(
+        "Mount+Unmount, directory, beside a Ceph that hangs",
+        [
+            ("all well", spread(before)),
+            (f"with {waiting} requests hanging", spread(during)),
+            ("of those, once it went on", f"{HANGING - len(errors)} succeeded"),
+        ],
+        goal="p99 unchanged",
+    )
 
 
 def _table(cluster: Ceph) -> str:

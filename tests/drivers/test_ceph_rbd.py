@@ -17,6 +17,7 @@ from tests.harness.ceph import POOL, Ceph
 from volumed.driver import Extent, VolumeSpec
 from volumed.errors import BackendUnavailable, ConfigError, InUse, InvalidRequest, NotFound, OutOfRange
 from volumed.model import Handle, VolumeId, VolumeMode, new_snapshot_id, new_volume_id
+from volumed.testing import crash
 from volumed.testing.conformance import DriverConformance, MakeDriver
 from volumed.units import MIB
 from volumed_drivers.ceph_rbd import CephRbdDriver, RbdOptions, RbdVolumeOptions
@@ -150,6 +151,46 @@ def test_a_parent_that_is_deleted_goes_when_its_clones_need_it_no_more(ceph: Cep
     wait_until(gone, timeout=60)
     assert "parent" not in json.loads(ceph.rbd("info", f"{POOL}/{child}", "--format", "json"))
     assert driver.map(child).open("rb").read(9) == b"inherited"
+
+
+class Killed(BaseException):
+    """Raised at a crash point: nothing is cleaned up behind it."""
+
+
+@pytest.mark.parametrize("undone", [True, False], ids=["undone", "finished"])
+@pytest.mark.parametrize("point", ["ceph-rbd.clone.snapshot", "ceph-rbd.clone.made"])
+def test_a_clone_that_was_cut_short(
+    ceph: Ceph, make_rbd: MakeRbd, monkeypatch: pytest.MonkeyPatch, point: str, undone: bool
+) -> None:
+    driver = make_rbd()
+    source = driver.create(spec()).handle
+    write(driver.map(source), b"copied")
+    driver.unmap(source)
+    wanted = spec(96 * MIB)
+
+    def kill(name: str) -> None:
+        if name == point:
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(crash, "point", kill)
+        with pytest.raises(Killed):
+            driver.clone(source, wanted)
+    again = make_rbd()
+    if undone:
+        left = again.find(wanted.id)
+        assert (left is not None) == (point == "ceph-rbd.clone.made")
+        if left is not None:
+            again.delete(left)
+    else:
+        made = again.clone(source, wanted)
+        assert made.size == 96 * MIB
+        assert again.map(made.handle).open("rb").read(6) == b"copied"
+        again.unmap(made.handle)
+        again.delete(made.handle)
+    again.delete(source)
+    assert ceph.rbd("ls", POOL) == ""
+    assert source not in ceph.rbd("trash", "ls", POOL)
 
 
 def test_changed_blocks(make_rbd: MakeRbd) -> None:
