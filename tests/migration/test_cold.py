@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from tests.conftest import wait_until
+from tests.harness.volumed import ApiError
 from tests.migration.conftest import Mover
 
 pytestmark = pytest.mark.root
+MIB = 1 << 20
 
 
 def test_a_device_goes_elsewhere_and_is_the_same_volume(mover: Mover) -> None:
@@ -30,4 +33,48 @@ def test_a_device_goes_elsewhere_and_is_the_same_volume(mover: Mover) -> None:
     mover.assert_clean()
     mover.volumed.api.post("migrations", "data", "finish")
     assert mover.volumed.stored() == []
+    mover.assert_clean()
+
+
+def test_a_raw_device_goes_block_by_block(mover: Mover) -> None:
+    made = mover.create("raw", "sized", size="32m", mode="block")
+    image = mover.volumed.folder / "images" / f"{made['id']}.img"
+    with image.open("r+b") as opened:
+        opened.seek(5 * MIB + 4096)
+        opened.write(b"raw" * 5000)
+    content = image.read_bytes()
+    moved = mover.move("raw", "images", keep_source="0s")
+    assert (moved["phase"] in ("kept", "done"), moved["path"]) == (True, "block"), moved
+    (there,) = (mover.volumed.folder / "images-2").glob("v*.img")
+    assert there.read_bytes() == content
+    assert there.stat().st_blocks * 512 < 2 * MIB  # holes stayed holes
+    with pytest.raises(ApiError, match="a device cannot shrink"):
+        mover.begin("raw", "sized", size="16m")
+    with pytest.raises(ApiError, match="backend local holds trees and has no devices"):
+        mover.begin("raw", "local")
+    mover.assert_clean()
+
+
+def test_a_volume_that_is_removed_takes_its_kept_source_along(mover: Mover) -> None:
+    mover.create("data", "sized", size="16m")
+    assert mover.move("data", "images")["phase"] == "kept"
+    assert len(mover.volumed.stored()) == 1
+    mover.volumed.api.delete("volumes", "data")
+    wait_until(lambda: mover.outcome("data")["phase"] == "done")
+    assert mover.volumed.stored() == []
+    mover.assert_clean()
+
+
+def test_a_move_after_a_move_leaves_each_source_in_its_time(mover: Mover) -> None:
+    mover.create("data", "sized", size="16m")
+    first = mover.move("data", "images")
+    second = mover.move("data", "sized")
+    assert (first["phase"], second["phase"]) == ("kept", "kept")
+    assert len(mover.volumed.stored()) == 2  # the first source, and where it is now
+    with pytest.raises(ApiError, match="was moved on since"):
+        mover.volumed.api.post("migrations", first["id"], "rollback", body={})
+    for each in (first, second):
+        mover.volumed.api.post("migrations", each["id"], "finish")
+    assert len(mover.volumed.stored()) == 1
+    assert mover.volume("data")["backend"] == "sized"
     mover.assert_clean()
