@@ -109,10 +109,22 @@ def _create(session: Session, body: dict[str, Any]) -> None:
 @click.argument("source", metavar="VOLUME[@SNAPSHOT]")
 @click.argument("name")
 @click.option("--size", metavar="SIZE", help="Larger than the original.")
+@click.option("--to", "backend", default="", metavar="BACKEND", help="On other storage; VOLUME is used by nobody then.")
+@click.option("--accept-loss", default="", metavar="WORDS", help="With --to: what may be lost, as acls,hardlinks.")
 @pass_session
-def clone(session: Session, source: str, name: str, size: str | None) -> None:
+def clone(session: Session, /, *, source: str, name: str, size: str | None, backend: str, accept_loss: str) -> None:
     """Make a new volume with the data of another, or of a snapshot."""
-    _create(session, {"name": name, "source": source, "size": size})
+    if not backend:
+        _create(session, {"name": name, "source": source, "size": size})
+        return
+    words = [word for word in accept_loss.split(",") if word]
+    body = {"name": name, "backend": backend, "size": size, "accept_loss": words}
+    with session.output.waiting(f"copying {source} to {backend}"):
+        made = joined(lambda: session.client.post("volumes", source, "copy", body=body))
+    if session.output.as_json:
+        session.output.json(made)
+    else:
+        session.output.line(made["name"])
 
 
 def all_volumes(session: Session) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -88,8 +88,9 @@ class Volumes:
         return {key for backend in self._backends.all() for key in option_keys(backend.driver.VolumeOptions)}
 
     # Making
-    def create(self, request: CreateVolume) -> Volume:
-        """The volume asked for; the one that is there when it is what was asked for.
+    def create(self, request: CreateVolume, *, fill: Callable[[Volume], None] | None = None) -> Volume:
+        """The volume asked for; the one that is there when it is what was asked for. `fill` gives it data before it is
+        there for anybody.
 
         Raises AlreadyExists when the name belongs to another kind of volume; InvalidRequest, NotSupported,
         CapacityExhausted and what the backend raises, and then nothing is left behind.
@@ -105,9 +106,16 @@ class Volumes:
         backend = self._planner.place(request, origin)
         request = self._planner.in_class(request, backend, origin)
         planned = self._planner.plan(request, backend, origin)
-        return backend.call(lambda: self._create(request, planned, backend, origin))
+        return backend.call(lambda: self._create(request, planned, backend, origin, fill))
 
-    def _create(self, request: CreateVolume, volume: Volume, backend: Backend, origin: Origin | None) -> Volume:
+    def _create(
+        self,
+        request: CreateVolume,
+        volume: Volume,
+        backend: Backend,
+        origin: Origin | None,
+        fill: Callable[[Volume], None] | None,
+    ) -> Volume:
         subject = f"volume {request.name}"
         with self._locks.hold(f"name:{request.name}", subject=subject), self._locks.hold(volume.id):
             existing = self._repository.volume_by_name(request.name)
@@ -124,6 +132,8 @@ class Volumes:
                 volume = self._provision.make(volume, backend, origin)
                 if request.claim is not None:
                     _check_limit(volume, request.claim)
+                if fill is not None:
+                    fill(volume)
                 crash.point("create.made")
                 with self._repository.transaction() as transaction:
                     transaction.put(volume)

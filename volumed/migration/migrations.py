@@ -14,6 +14,7 @@ from volumed import context
 from volumed.core.core import Core
 from volumed.errors import InvalidRequest, PreconditionFailed, VolumedError
 from volumed.migration import losses
+from volumed.migration.copies import Copies
 from volumed.migration.inspection import Inspection
 from volumed.migration.move import Move, Step, StopWriters
 from volumed.migration.movers.mover import Control, Stopped
@@ -53,6 +54,7 @@ class Migrations:
         self._records = Records(core.repository, core.locks, core.events)
         self._inspection = Inspection(core)
         self._undo = Undo(core, self._records)
+        self.copies = Copies(core)
         self._stop_writers = stop_writers
         self._guard = threading.Lock()
         self._running: dict[str, tuple[threading.Thread, Control]] = {}
@@ -190,6 +192,7 @@ class Migrations:
     def recover(self) -> None:
         """Before the machine is brought to what the ledger says: holds of moves that are over go, and a volume whose
         move had passed its commit point is shown at its new place."""
+        self.copies.forget()
         known = {migration.id: migration for migration in self.all() if not migration.phase.ended}
         for held in self._core.repository.bindings(node=self._core.node):
             move = known.get(held.mount_id)  # type: ignore[call-overload]
