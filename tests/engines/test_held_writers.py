@@ -11,10 +11,12 @@ import pytest
 
 from tests.conftest import wait_until
 from tests.harness.docker import Docker, running_docker
+from tests.harness.podman import podman_with
 from volumed.errors import InUse
 from volumed.host import mounts, swap
+from volumed.host.linux import LinuxHost
 from volumed.migration.writers.containers import ContainerWriters
-from volumed.migration.writers.engines import DockerEngine
+from volumed.migration.writers.engines import DockerEngine, PodmanEngine
 from volumed.model import Binding, Consumer, Engine, VolumeId, now
 
 pytestmark = [pytest.mark.root, pytest.mark.engine]
@@ -187,6 +189,41 @@ def test_who_must_not_be_stopped_is_named(docker: Docker, place: Place) -> None:
     unknown = Binding(volume_id=VolumeId("v"), node="n", engine=Engine.DOCKER, mount_id="f" * 64, since=now())
     with pytest.raises(InUse, match="cannot be told"):
         ContainerWriters([], place.path, [unknown]).plan()
+
+
+def test_podman_s_containers_are_held_alike(place: Place, tmp_path: Path) -> None:
+    with podman_with(driver="none", plugin_socket=tmp_path / "none.sock") as podman:
+        volume = f"{place.path}:/data"
+        podman("run", "-d", "--name", "idle", "-v", volume, "busybox", "sleep", "1000")
+        podman("run", "-d", "--name", "busy", "--stop-timeout", "1", "-v", volume, "busybox", "sh", "-c", BUSY)
+        wait_until((place.old / "log").exists)
+        bindings = [
+            Binding(
+                volume_id=VolumeId("v"),
+                node="node-1",
+                engine=Engine.PODMAN,
+                mount_id="one for all",
+                since=now(),
+                consumers=tuple(
+                    Consumer(
+                        id=podman("inspect", "--format", "{{.Id}}", name), name=name, image="", pid=0, target="/data"
+                    )
+                    for name in ("idle", "busy")
+                ),
+            )
+        ]
+        engine = PodmanEngine(LinuxHost(), "podman", arguments=podman.arguments)
+        held = ContainerWriters([engine], place.path, bindings)
+        plan = held.plan()
+        held.hold(plan)
+        seen = {name: podman("inspect", "--format", "{{.State.Status}}", name) for name in ("idle", "busy")}
+        assert seen == {"idle": "paused", "busy": "exited"}
+        size = (place.old / "log").stat().st_size
+        place.move()
+        assert held.release(plan, moved=True) == []
+        assert podman("exec", "idle", "cat", "/data/where") == "new"
+        wait_until((place.new / "log").exists)
+        assert (place.old / "log").stat().st_size == size
 
 
 def test_users_of_a_mount_are_told(docker: Docker, place: Place) -> None:

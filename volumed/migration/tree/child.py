@@ -22,7 +22,7 @@ from volumed.migration.tree.entries import Tree
 from volumed.migration.tree.manifest import Manifest
 from volumed.migration.tree.pool import Pool, Stopped
 from volumed.migration.tree.rounds import Rounds, count
-from volumed.migration.tree.tracking import Tracker, Untrackable
+from volumed.migration.tree.tracking import Tracker, Untrackable, mapped_files
 from volumed.migration.tree.worker import Failure
 
 _TELL = 0.1  # seconds between two lines of progress
@@ -98,9 +98,9 @@ class Child:
         posix.lower_priority(low=not last)
         changed = self._tracker.take() if self._tracker is not None else None
         try:
-            outcome = self._rounds.copy(changed)
+            outcome = self._rounds.copy([*(changed or ()), *self._mapped()], walk=changed is None)
             if last and outcome.unsettled:
-                outcome = self._rounds.copy(None)
+                outcome = self._rounds.copy(self._mapped(), walk=True)
         except BaseException:
             if self._tracker is not None:
                 self._tracker.lose()  # what was on the list is not done
@@ -108,6 +108,9 @@ class Child:
         if last and outcome.unsettled:
             raise Failure("", 0, "it changes while nobody should write to it")
         return outcome._asdict()
+
+    def _mapped(self) -> list[str]:
+        return list(mapped_files(os.path.realpath(self._source_path)))
 
     def _do_compare(self) -> dict[str, Any]:
         begun = self._pool.shared.done()

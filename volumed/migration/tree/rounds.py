@@ -81,18 +81,20 @@ class Rounds:
         self._bytes = self._files = self._removed = self._unsettled = 0
 
     # Copying
-    def copy(self, changed: Iterable[str] | None) -> Outcome:
-        """Make the target what the source is now: `changed` alone, or all where None. Raises Failure, Stopped."""
+    def copy(self, changed: Iterable[str], *, walk: bool) -> Outcome:
+        """Make the target what the source is now: of all of it (`walk`) what looks different, and `changed` however it
+        looks: a store through a mapping need not show in a time. Raises Failure, Stopped."""
         self._bytes = self._files = self._removed = self._unsettled = 0
         looked = self.looked
         self._seeding = self._manifest.empty()
         self._links = False
         self._manifest.drop_pending()
         self._pool.tell_each(("forget_folders", None))
-        # A page that a program has mapped and dirty takes stores without a trace; once clean, the next one shows.
-        posix.sync_filesystem(self._source.root)
-        jobs = self._batches(self._walk("")) if changed is None else self._batches(self._listed(changed))
-        self._run("copy", jobs)
+        if walk:
+            posix.sync_filesystem(self._source.root)  # a server learns of stores, and gives a time, when they are sent
+            self._run("copy", self._batches(self._walk(""), forced=False))
+        if not (walk and self._seeding):  # all was copied just now
+            self._run("copy", self._batches(self._listed(changed), forced=True))
         self._run("link", self._groups())
         self._run("finish", _in_batches(self._manifest.take_folders()))
         self.commit()
@@ -117,7 +119,7 @@ class Rounds:
         for path in copied.replaced:
             self._manifest.forget_tree(path)
             self._manifest.add_folder(split(path)[0], 0)
-        if self._seeding and not copied.touched:
+        if self._seeding and not copied.touched and not copied.replaced:
             self._manifest.put_new(copied.entries)
         else:
             self._manifest.forget(copied.touched)
@@ -130,23 +132,28 @@ class Rounds:
             self._bytes += sum(_written(entry) for entry in copied.entries)
 
     # Which entries
-    def _batches(self, found: Iterator[tuple[str, list[str]]]) -> Iterator[list[tuple[str, list[Any]]]]:
-        """Names, gathered over folders to jobs of a size that keeps a worker busy; with what is known of each."""
+    def _batches(
+        self, found: Iterator[tuple[str, list[str]]], *, forced: bool
+    ) -> Iterator[list[tuple[str, list[Any]]]]:
+        """Names, gathered over folders to jobs of a size that keeps a worker busy; with what is known of each.
+        `forced`: let nothing be taken for unchanged."""
         batch: list[tuple[str, list[str]]] = []
         count = 0
         for folder, names in found:
             batch.append((folder, names))
             count += len(names)
             if count >= BATCH:
-                yield self._with_known(batch)
+                yield self._with_known(batch, forced=forced)
                 batch, count = [], 0
         if batch:
-            yield self._with_known(batch)
+            yield self._with_known(batch, forced=forced)
 
-    def _with_known(self, batch: list[tuple[str, list[str]]]) -> list[tuple[str, list[Any]]]:
+    def _with_known(self, batch: list[tuple[str, list[str]]], *, forced: bool) -> list[tuple[str, list[Any]]]:
         if self._seeding:
             return [(folder, [(name, None) for name in names]) for folder, names in batch]
         known = self._manifest.known([joined(folder, name) for folder, names in batch for name in names])
+        if forced:
+            known = {path: entry._replace(ctime=0) for path, entry in known.items()}
         return [(folder, [(name, known.get(joined(folder, name))) for name in names]) for folder, names in batch]
 
     def _groups(self) -> Iterator[Any]:

@@ -87,8 +87,7 @@ class Tracker:
             return None if self._lost else len(self._found)
 
     def take(self) -> list[str] | None:
-        """Paths below the root that changed since the last call, those mapped writable now included; None when all may
-        have."""
+        """Paths below the root that changed since the last call; None when all may have."""
         self._read_all()
         with self._lock:
             found, self._found = self._found, set()
@@ -96,7 +95,7 @@ class Tracker:
         if lost:
             return None
         try:
-            return [*self._resolve(found), *mapped_files(self._root)]
+            return list(self._resolve(found))
         except OSError:  # a path that the kernel cannot write down
             return None
 
