@@ -19,7 +19,7 @@ from volumed.host.mounts import parse_mountinfo
 from volumed.host.run import run
 
 _CHILD = (sys.executable, "-I", "-S", str(Path(__file__).with_name("revive_child.py")))
-_TIMEOUT = 10.0
+_TIMEOUT = 30.0
 _PROC = Path("/proc")
 
 
