@@ -68,7 +68,7 @@ def writers(docker: Docker, place: Place, *containers: str) -> ContainerWriters:
         )
         for each in containers
     ]
-    return ContainerWriters([DockerEngine(docker.socket)], place.path, bindings)
+    return ContainerWriters([DockerEngine(docker.socket)], place.path, bindings, freeze=True)
 
 
 def run(docker: Docker, place: Place, name: str, command: str, *options: str, mode: str = "") -> None:
@@ -188,7 +188,7 @@ def test_who_must_not_be_stopped_is_named(docker: Docker, place: Place) -> None:
     assert status(docker, "fleeting") == "running"
     unknown = Binding(volume_id=VolumeId("v"), node="n", engine=Engine.DOCKER, mount_id="f" * 64, since=now())
     with pytest.raises(InUse, match="cannot be told"):
-        ContainerWriters([], place.path, [unknown]).plan()
+        ContainerWriters([], place.path, [unknown], freeze=True).plan()
 
 
 def test_podman_s_containers_are_held_alike(place: Place, tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_podman_s_containers_are_held_alike(place: Place, tmp_path: Path) -> Non
             )
         ]
         engine = PodmanEngine(LinuxHost(), "podman", arguments=podman.arguments)
-        held = ContainerWriters([engine], place.path, bindings)
+        held = ContainerWriters([engine], place.path, bindings, freeze=True)
         plan = held.plan()
         held.hold(plan)
         seen = {name: podman("inspect", "--format", "{{.State.Status}}", name) for name in ("idle", "busy")}

@@ -48,7 +48,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Migrations:
-    def __init__(self, core: Core, *, stop_writers: StopWriters = lambda volume, bindings: None) -> None:
+    def __init__(self, core: Core, *, stop_writers: StopWriters = lambda volume, bindings, *, freeze: None) -> None:
         """`stop_writers`: how the users of a volume are held still, or None when that is not to be done."""
         self._core = core
         self._records = Records(core.repository, core.locks, core.events)

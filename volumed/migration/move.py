@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from volumed.core.core import Core
 from volumed.core.mounts import describe_each
@@ -42,7 +42,12 @@ NEARLY_NOTHING = 1 << 20
 # Rounds after which what is left will not become less.
 MOST_ROUNDS = 30
 
-StopWriters = Callable[[Volume, list[Binding]], Writers | None]
+
+class StopWriters(Protocol):
+    """`freeze`: whether it will do that a consumer is frozen. What it wrote is then seen in the tree, but need not have
+    reached the device, and its file system stays mounted."""
+
+    def __call__(self, volume: Volume, bindings: list[Binding], *, freeze: bool) -> Writers | None: ...
 
 
 class Step(NamedTuple):
@@ -177,7 +182,7 @@ class Move:
     def _hold_and_finish(self, mover: Mover, others: list[Binding], rounds: int) -> str:
         """Why its users cannot be held still now; empty when they were, and all is done. Raises PreconditionFailed when
         the pause would be longer than it may be, however often the rounds go on."""
-        writers = None if self.migration.wait else self._stop_writers(self._site.volume(), others)
+        writers = None if self.migration.wait else self._writers(others)
         if writers is None:
             return " "
         predicted, limit = self._predicted(mover), self.migration.max_pause
@@ -196,6 +201,9 @@ class Move:
                 raise
             return f": {error}"
         return ""
+
+    def _writers(self, bindings: list[Binding]) -> Writers | None:
+        return self._stop_writers(self._site.volume(), bindings, freeze=self.migration.path is MovePath.TREE)
 
     @staticmethod
     def _predicted(mover: Mover) -> float:
@@ -313,7 +321,7 @@ class Move:
 
     def _release_held(self, *, moved: bool) -> None:
         """After a crash: whoever was stopped goes on."""
-        writers = self._stop_writers(self._site.volume(), [])
+        writers = self._writers([])
         if writers is not None:
             self._let_go(writers, self.migration.held, moved=moved)
         self.migration = self._records.change(self.migration.id, held=b"")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -105,9 +106,23 @@ class Site:
         path = presence.path(volume.id)
         if volume.mode is not volume.mode.BLOCK and self._core.host.is_mountpoint(path):
             backend.call(lambda: self._core.host.unmount(path))
+        self._check_let_go(volume, device)
         if backend.call(lambda: device_of(volume, backend, presence)) != device:
             raise Busy("its device changed", subject=f"volume {volume.name}")
         return self._core.repository.disturbed(volume.id)
+
+    @staticmethod
+    def _check_let_go(volume: Volume, device: Path) -> None:
+        """A file system that is mounted anywhere, be it in a container's namespace alone, may have written what has not
+        reached the device. The kernel keeps such a device from whoever wants it for itself (open(2), O_EXCL)."""
+        try:
+            os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
+        except OSError as error:
+            raise Busy(
+                f"its device is still held: {error.strerror}",
+                subject=f"volume {volume.name}",
+                hint="something has its file system mounted outside of volumed's knowledge",
+            ) from None
 
     def show_new_place(self) -> None:
         """At the volume's path on this node: what its record says now, and only if anybody holds it."""

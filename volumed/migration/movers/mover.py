@@ -84,10 +84,14 @@ class Control:
         rate = self.rate
         if rate > 0:
             with self._lock:
-                self._due = max(self._due, time.monotonic() - BURST) + amount / rate
-                wait = self._due - time.monotonic()
-            if wait > 0:
-                self._stop.wait(wait)
+                self._due = due = max(self._due, time.monotonic() - BURST) + amount / rate
+            # In slices, so that another rate is heeded at once.
+            while self.rate == rate and (wait := due - time.monotonic()) > 0:
+                if self._stop.wait(min(wait, 0.2)):
+                    break
+            if self.rate != rate:
+                with self._lock:
+                    self._due = 0.0
         self.check()
 
     def done(self, *, bytes: int = 0, files: int = 0) -> None:

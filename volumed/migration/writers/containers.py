@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -17,6 +17,7 @@ import msgspec
 from volumed.core.core import Core
 from volumed.errors import InUse, NotSupported, VolumedError
 from volumed.host import swap
+from volumed.migration.move import StopWriters
 from volumed.migration.movers.mover import Writers
 from volumed.migration.writers.engines import ContainerEngine, DockerEngine, PodmanEngine
 from volumed.model import Binding, Engine, Volume
@@ -37,11 +38,15 @@ class Held(msgspec.Struct, frozen=True):
 
 
 class ContainerWriters(Writers):
-    def __init__(self, engines: Iterable[ContainerEngine], path: Path, bindings: Sequence[Binding]) -> None:
-        """`path`: where the volume is mounted on this node. `bindings`: of others than ourselves."""
+    def __init__(
+        self, engines: Iterable[ContainerEngine], path: Path, bindings: Sequence[Binding], *, freeze: bool
+    ) -> None:
+        """`path`: where the volume is mounted on this node. `bindings`: of others than ourselves. `freeze`: whoever
+        holds no file is frozen and not stopped."""
         self._engines = {engine.engine: engine for engine in engines}
         self._path = path
         self._bindings = bindings
+        self._freeze = freeze
 
     def plan(self) -> bytes:
         """In the order of their start. Raises InUse for a hold whose container is not known."""
@@ -73,9 +78,9 @@ class ContainerWriters(Writers):
         return msgspec.json.encode(sorted(held, key=lambda each: each.started))
 
     def describe(self, plan: bytes) -> Sequence[str]:
+        held = "frozen for a moment, or stopped and started again" if self._freeze else "stopped and started again"
         return [
-            f"{each.engine} container {each.name} is "
-            + ("kept paused" if each.status == "paused" else "frozen for a moment, or stopped and started again")
+            f"{each.engine} container {each.name} is {'kept paused' if each.status == 'paused' else held}"
             for each in _decoded(plan)
         ]
 
@@ -87,9 +92,15 @@ class ContainerWriters(Writers):
             if found is None or found.status not in RUNNING | {"paused"}:
                 continue
             if found.status != "paused":
-                if found.status == "running" and self._frozen_idle(engine, each):
+                if self._freeze and found.status == "running" and self._frozen_idle(engine, each):
                     continue
                 self._stop(engine, each)
+            elif not self._freeze:
+                raise InUse(
+                    "is paused with the volume's file system mounted, which its device cannot be copied under",
+                    subject=f"container {each.name}",
+                    hint="stop it, or let it go on, and try again",
+                )
             elif not self._idle(each, found.pid):
                 raise InUse(
                     "is paused with a file open on the volume",
@@ -176,7 +187,7 @@ class ContainerWriters(Writers):
             raise NotSupported(f"containers of {engine} cannot be stopped from here") from None
 
 
-def stopping_writers(core: Core) -> Callable[[Volume, list[Binding]], Writers | None]:
+def stopping_writers(core: Core) -> StopWriters:
     """As the engine of migrations asks: None when somebody uses the volume whom we cannot hold still, so that it has to
     wait until they are gone."""
     settings = core.settings.engines
@@ -187,10 +198,10 @@ def stopping_writers(core: Core) -> Callable[[Volume, list[Binding]], Writers | 
         engines.append(PodmanEngine(core.host, settings.podman.command, arguments=settings.podman.arguments))
     known = {engine.engine for engine in engines}
 
-    def make(volume: Volume, bindings: list[Binding]) -> Writers | None:
+    def make(volume: Volume, bindings: list[Binding], *, freeze: bool) -> Writers | None:
         if any(binding.engine not in known or binding.node != core.node or binding.staging for binding in bindings):
             return None
-        return ContainerWriters(engines, core.mounts.presence.path(volume.id), bindings)
+        return ContainerWriters(engines, core.mounts.presence.path(volume.id), bindings, freeze=freeze)
 
     return make
 
