@@ -15,7 +15,8 @@ from volumed.errors import HostError, InUse
 PROC = Path("/proc")
 MAX_NAMED = 5
 PATIENCE = 0.5  # seconds; an error that comes late helps less than one that names fewer
-_MOMENT = 0.5  # seconds for which udev may have a device open that has just changed
+_MOMENT = 0.5  # seconds in which whoever only looks at a device has closed it again
+_UDEV_PATIENCE = 15.0  # its rules run blkid and more
 _CONTAINER = re.compile(r"[0-9a-f]{64}")
 
 
@@ -35,9 +36,11 @@ def holders_of_mount(target: Path) -> list[str]:
 
 def check_device(device: Path, mounts: Sequence[MountEntry], *, server: int = 0) -> None:
     """See `volumed.driver.Host.check_unheld`."""
-    ends = time.monotonic() + _MOMENT
+    begun = time.monotonic()
     while found := _holders_of_device(device, mounts, server):
-        if time.monotonic() > ends:
+        # udev looks at a device that has just come or changed, and lets go by itself.
+        patience = _UDEV_PATIENCE if all("udev" in holder for holder in found) else _MOMENT
+        if time.monotonic() > begun + patience:
             raise InUse("is held by", holders=found, subject=f"device {device}")
         time.sleep(0.02)
 

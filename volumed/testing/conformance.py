@@ -434,22 +434,23 @@ class DriverConformance:
         assert [found.volume_id for found in driver.list()] == [source_id]
 
     # Importing
-    def make_stranger(self, driver: Driver, name: str) -> None:
+    def make_stranger(self, driver: Driver, name: str) -> str | None:
         """Make an object that volumed knows nothing of, and that its driver could import by this name, whose content is
-        as `_write` with b"old" leaves a volume's. For drivers that import."""
+        as `_write` with b"old" leaves a volume's. Returns its name where the storage gives names by itself. For drivers
+        that import."""
         pytest.skip("the subclass says not how such an object is made")
 
     def test_what_others_made_is_imported_with_its_data(self, driver: Driver, make_driver: MakeDriver) -> None:
         importing = self._imports(driver)
-        self.make_stranger(driver, "stranger")
-        assert list(importing.importable()) == ["stranger"]
+        name = self.make_stranger(driver, "stranger") or "stranger"
+        assert list(importing.importable()) == [name]
         assert list(driver.list()) == []
         volume_id = new_volume_id()
         spec = self._spec(driver, volume_id)._replace(size=None)
         with pytest.raises(NotFound):
             importing.adopt("nonesuch", spec)
         assert driver.find(volume_id) is None
-        adopted = [importing.adopt("stranger", spec).handle for _ in range(2)]
+        adopted = [importing.adopt(name, spec).handle for _ in range(2)]
         assert adopted[0] == adopted[1] == driver.find(volume_id)
         assert list(importing.importable()) == []
         again = make_driver()
@@ -467,8 +468,9 @@ class DriverConformance:
         names: list[tuple[str, VolumeSpec]] = []
 
         def prepare() -> None:
-            names.append((f"stranger-{len(names)}", self._spec(driver, new_volume_id())._replace(size=None)))
-            self.make_stranger(driver, names[-1][0])
+            name = f"stranger-{len(names)}"
+            name = self.make_stranger(driver, name) or name
+            names.append((name, self._spec(driver, new_volume_id())._replace(size=None)))
 
         for _ in _killed_at_each_point(lambda: importing.adopt(*names[-1]) and None, monkeypatch, prepare=prepare):
             again = make_driver()

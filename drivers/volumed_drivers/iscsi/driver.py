@@ -82,17 +82,26 @@ class IscsiDriver(BlockDriver, SupportsExpand, SupportsImport):
     def create(self, spec: VolumeSpec) -> CreatedVolume:
         if spec.size is None:
             raise OutOfRange("a LUN is found by its size", subject=self._subject)
-        there = self._claims.of(spec.id)
-        if there is not None and not there.taken:  # it was not looked at to the end
-            self._claims.drop(there)
-        elif there is not None:
-            return CreatedVolume(there.handle, there.size)
+        there = self._finished(spec.id)
+        if there is not None:
+            return there
         assert isinstance(spec.options, IscsiVolumeOptions)
         if spec.options.lun is not None:
             return self._take(spec, spec.options.iqn or self._options.iqn, spec.options.lun)
         if spec.options.iqn is not None:
             raise InvalidRequest("iqn alone does not say which LUN", subject=self._subject, hint="set lun, too")
         return self._take_one(spec)
+
+    def _finished(self, volume_id: VolumeId) -> CreatedVolume | None:
+        """What an earlier call made; what it did not finish is forgotten."""
+        there = self._claims.of(volume_id)
+        if there is None:
+            return None
+        if there.taken:
+            return CreatedVolume(there.handle, there.size)
+        self._unmap(there)
+        self._claims.drop(there)
+        return None
 
     def _take_one(self, spec: VolumeSpec) -> CreatedVolume:
         """The first free LUN, in their order, that is large enough and holds nothing."""
@@ -179,7 +188,8 @@ class IscsiDriver(BlockDriver, SupportsExpand, SupportsImport):
                 )
             length = min(_STEP, size - start)
             self.host.run(
-                ["blkdiscard", "--zeroout", "--offset", str(start), "--length", str(length), device], timeout=600.0
+                ["blkdiscard", "--force", "--zeroout", "--offset", str(start), "--length", str(length), device],
+                timeout=600.0,
             )
 
     def inspect(self, handle: Handle) -> Facts:
@@ -283,9 +293,9 @@ class IscsiDriver(BlockDriver, SupportsExpand, SupportsImport):
         lun, _, iqn = reference.partition("@")
         if not lun.isdecimal():
             raise InvalidRequest(f"{reference[:80]!r} is no LUN", subject=self._subject, hint="write it as 3@iqn...")
-        there = self._claims.of(spec.id)
-        if there is not None and there.taken:
-            return CreatedVolume(there.handle, there.size)
+        there = self._finished(spec.id)
+        if there is not None:
+            return there
         return self._take(spec, iqn or self._options.iqn, int(lun), adopted=True)
 
 

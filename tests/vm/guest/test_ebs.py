@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 
 from tests.conftest import sh
-from volumed.driver import VolumeSpec
+from volumed.driver import Driver, VolumeSpec
 from volumed.host.linux import LinuxHost
 from volumed.model import VolumeMode, new_volume_id
 from volumed.testing.conformance import DriverConformance, MakeDriver
@@ -21,9 +21,9 @@ from volumed_drivers.ebs import EbsDriver, EbsOptions, disks
 EC2 = os.environ.get("VOLUMED_EC2", "")
 
 
-def make() -> EbsDriver:
+def make(owner: str = "") -> EbsDriver:
     options = EbsOptions(
-        endpoint=EC2, metadata_endpoint=EC2, access_key="env:EC2_KEY", secret_key="env:EC2_SECRET", region=""
+        endpoint=EC2, metadata_endpoint=EC2, access_key="env:EC2_KEY", secret_key="env:EC2_SECRET", owner=owner
     )
     return EbsDriver("cloud", options, LinuxHost())
 
@@ -46,6 +46,15 @@ class TestEbsDriver(DriverConformance):
     @pytest.fixture
     def make_driver(self) -> MakeDriver:
         return make
+
+    def make_stranger(self, driver: Driver, name: str) -> str:
+        """A volume of another ledger's, which then forgets it."""
+        other = make("somebody else")
+        _, handle = self._create(other)
+        self._write(other, handle, b"old")
+        disk = other._disks.current(handle)
+        other._ec2.call("delete_tags", Resources=[disk.id])
+        return disk.id
 
 
 def test_a_nitro_instances_disk_is_found_by_its_serial_and_its_partition_is_not() -> None:

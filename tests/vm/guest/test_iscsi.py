@@ -42,7 +42,7 @@ def put(path: Path, text: str) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _target() -> Iterator[None]:
+def _storage() -> None:
     """Twelve disks of 16 MiB, at two portals."""
     for module in ("target_core_mod", "target_core_iblock", "iscsi_target_mod", "iscsi_tcp", "dm_multipath"):
         sh("modprobe", module)
@@ -68,9 +68,6 @@ def _target() -> Iterator[None]:
     put(TPG / "enable", "1")
     sh("iscsid")
     wait_until(lambda: "@ISCSIADM_ABSTRACT_NAMESPACE" in Path("/proc/net/unix").read_text())
-    sh("multipathd")
-    yield
-    sh("multipathd", "shutdown")
 
 
 def renew(number: int) -> None:
@@ -267,6 +264,14 @@ def test_a_target_that_is_away_is_said() -> None:
         put(TPG / "enable", "1")
 
 
+@pytest.fixture
+def _multipathd() -> Iterator[None]:
+    sh("multipathd")
+    yield
+    sh("multipathd", "shutdown")
+
+
+@pytest.mark.usefixtures("_multipathd")
 def test_many_paths_are_one_device() -> None:
     made = make(portal="127.0.0.1,127.0.0.2", multipath=True)
     handle = made.create(spec(lun=10)).handle
