@@ -109,7 +109,7 @@ _ERRORS: dict[str, type[VolumedError]] = {
 }
 # More than what the cluster may take: the worker's own error says more than that it was killed.
 GRACE = 5.0
-START_TIMEOUT = 120.0  # seconds, for Python itself: no cluster is asked
+START_TIMEOUT = 300.0  # seconds, for Python itself: no cluster is asked
 LONGEST = 600.0  # seconds to wait for a worker, where the request says nothing
 # Workers at a time, and those kept for the next call; each holds some 40 MiB and a connection.
 MOST, IDLE = 4, 2

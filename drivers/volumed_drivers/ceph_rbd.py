@@ -240,14 +240,14 @@ class CephRbdDriver(
         mapper = self._mapper or self._choose_mapper()[0]
         asked = {"where": self._where, "image": handle, "node": self._node, "own": self._own(handle)}
         with self._cluster.session() as ask:
-            ask("rbd_images.begin_mapping", patience=self._options.timeout, **asked)
+            ask("rbd_watchers.begin_mapping", patience=self._options.timeout, **asked)
             try:
                 device = mapper.map(handle, ask)
             except BaseException:
                 with contextlib.suppress(VolumedError):  # the right to map it ends by itself
-                    ask("rbd_images.end_mapping", mapped=False, **asked)
+                    ask("rbd_watchers.end_mapping", mapped=False, **asked)
                 raise
-            ask("rbd_images.end_mapping", mapped=True, **asked)
+            ask("rbd_watchers.end_mapping", mapped=True, **asked)
         return device
 
     def _own(self, handle: Handle) -> str:
@@ -360,10 +360,10 @@ class CephRbdDriver(
         here = self.mapped(handle) is not None
         return [
             Holder(told["address"], told["node"], here and told["node"] == self._node, told["text"])
-            for told in self._call("holders", image=handle)
+            for told in self._cluster.call("rbd_watchers.holders", where=self._where, image=handle)
         ]
 
     def fence(self, handle: Handle, holder: Holder) -> None:
         if holder.ours:
             raise InvalidRequest("is this very node", subject=f"holder {holder.text}", hint="unmap it instead")
-        self._cluster.call("rbd_images.fence", address=holder.id, seconds=FENCED)
+        self._cluster.call("rbd_watchers.fence", address=holder.id, seconds=FENCED)

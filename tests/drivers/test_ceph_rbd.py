@@ -148,7 +148,7 @@ def test_a_parent_that_is_deleted_goes_when_its_clones_need_it_no_more(ceph: Cep
         driver.probe()
         return parent not in ceph.rbd("trash", "ls", POOL)
 
-    wait_until(gone, timeout=60)
+    wait_until(gone, timeout=120)
     assert "parent" not in json.loads(ceph.rbd("info", f"{POOL}/{child}", "--format", "json"))
     assert driver.map(child).open("rb").read(9) == b"inherited"
 

@@ -100,6 +100,8 @@ def test_discard_gives_room_back() -> None:
     device = driver.map(handle)
     with device.open("r+b") as opened:
         opened.write(os.urandom(32 * MIB))
+        opened.flush()
+        os.fsync(opened)
     assert driver.inspect(handle).used == 32 * MIB
     sh("blkdiscard", device)
     assert driver.inspect(handle).used == 0
