@@ -22,7 +22,7 @@ from volumed.migration.tree.entries import Tree
 from volumed.migration.tree.manifest import Manifest
 from volumed.migration.tree.pool import Pool, Stopped
 from volumed.migration.tree.rounds import Rounds, count
-from volumed.migration.tree.tracking import Tracker, Untrackable, mapped_files
+from volumed.migration.tree.tracking import Tracker, Untrackable, is_local, mapped_files
 from volumed.migration.tree.worker import Failure
 
 _TELL = 0.1  # seconds between two lines of progress
@@ -35,7 +35,9 @@ class Child:
         self._source, self._target = _tree(source, losses), _tree(target, losses)
         self._pool = Pool(self._source, self._target, workers=workers)
         self._manifest = Manifest(Path(workdir) / "tree.db")
-        self._rounds = Rounds(self._source, self._target, self._manifest, self._pool, self._tick)
+        self._rounds = Rounds(
+            self._source, self._target, self._manifest, self._pool, self._tick, remote=not is_local(source)
+        )
         self._tracker: Tracker | None = None
         self._orders: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._rate = 0

@@ -67,9 +67,17 @@ def count(tree: Tree, tick: Callable[[], None]) -> Amount:
 
 class Rounds:
     def __init__(
-        self, source: Tree, target: Tree, manifest: Manifest, pool: Pool, tick: Callable[[Rounds], None]
+        self,
+        source: Tree,
+        target: Tree,
+        manifest: Manifest,
+        pool: Pool,
+        tick: Callable[[Rounds], None],
+        *,
+        remote: bool,
     ) -> None:
-        """`tick`: see `Pool.run`."""
+        """`tick`: see `Pool.run`. `remote`: the source's times are a server's."""
+        self._remote = remote
         self._source, self._target, self._manifest, self._pool = source, target, manifest, pool
         self._tick = tick
         self._committed = time.monotonic()
@@ -91,7 +99,8 @@ class Rounds:
         self._manifest.drop_pending()
         self._pool.tell_each(("forget_folders", None))
         if walk:
-            posix.sync_filesystem(self._source.root)  # a server learns of stores, and gives a time, when they are sent
+            if self._remote:  # a server learns of stores, and gives them a time, when they are sent
+                posix.sync_filesystem(self._source.root)
             self._run("copy", self._batches(self._walk(""), forced=False))
         if not (walk and self._seeding):  # all was copied just now
             self._run("copy", self._batches(self._listed(changed), forced=True))
@@ -213,7 +222,9 @@ class Rounds:
             raise Failure(path, error.errno or errno.EIO, error.strerror or "") from None
         try:
             if not made:
-                changed = entries.unlock(target, known) or changed
+                # Unlocked or written to by a round that was killed before it came to finish directories.
+                cut_short = known is not None and (bool(known.about) or os.fstat(target).st_mtime_ns != known.mtime)
+                changed = entries.unlock(target, known) or cut_short or changed
                 changed = self._remove_extra(path, source, target) or changed
         finally:
             os.close(target)
@@ -334,8 +345,8 @@ class Rounds:
 
     # Proof
     def compare(self) -> list[tuple[str, str]]:
-        """Read back, past the cache, what was written and is not proven yet. Path and difference of what differs."""
-        posix.sync_filesystem(self._target.root)
+        """Read back, past the cache, what was written and is not proven yet; what is written down is on storage
+        already. Path and difference of what differs."""
         self._pool.tell_each(("forget_folders", None))
         different: list[tuple[str, str]] = []
         for answer in self._pool.run((("compare", job) for job in self._unproven()), self._ticked):
@@ -347,7 +358,7 @@ class Rounds:
                 self._manifest.prove(answer.numbers)
             if len(different) >= MAX_DIFFERENCES:
                 break
-        self.commit()
+        self._manifest.commit()
         return different[:MAX_DIFFERENCES]
 
     def _unproven(self) -> Iterator[tuple[list[int], list[tuple[str, list[tuple[str, Entry]]]]]]:

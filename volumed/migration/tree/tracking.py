@@ -155,6 +155,11 @@ class Tracker:
         return path[len(prefix) :]
 
 
+def is_local(root: str) -> bool:
+    entry = _mount_of(os.path.realpath(root))
+    return entry is not None and entry[0] in LOCAL
+
+
 def parse(data: bytes) -> tuple[set[tuple[int, bytes, bytes]], bool]:
     """Of one read(2): (handle's type, handle, name) of each event, and whether the queue overflowed."""
     found: set[tuple[int, bytes, bytes]] = set()
