@@ -6,16 +6,17 @@ import pytest
 
 from tests.vm.machine import Machine
 
-pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.timeout(2400)]
 
 
-def test_in_the_machine(guest: Machine) -> None:
+@pytest.mark.parametrize("part", ["not killed", "killed"])
+def test_in_the_machine(guest: Machine, part: str) -> None:
     guest.install()
     told = guest.run(
         *("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--confcutdir=/root/volumed"),
         *("-c", "/root/volumed/pyproject.toml", "--rootdir=/root/volumed"),
-        "/root/volumed/tests/vm/guest/test_encryption.py",
-        timeout=1100,
+        *("-k", part, "/root/volumed/tests/vm/guest/test_encryption.py"),
+        timeout=2300,
         PYTHONPATH="/root/volumed:/root/volumed/drivers",
         PYTHONDONTWRITEBYTECODE="1",
     )

@@ -24,6 +24,8 @@ from volumed.testing import crash
 from volumed.units import MIB
 from volumed_drivers.image import ImageDriver
 
+pytestmark = pytest.mark.timeout(1500)  # the machine is emulated, and cryptsetup computes
+
 OLD, NEW = "the-key-of-before-0123456789", "the-key-of-today-9876543210"
 SECRET = b"nobody may read this on the storage"
 DOCKER = Engine.DOCKER
