@@ -136,7 +136,8 @@ class Gluster:
     def end(self) -> None:
         if self._server is not None and self._server.running():
             self._server.end(signal.SIGKILL)
-        for pid in self._pids(f"{self.folder}/"):  # bricks, quotad: all are told a path of ours
+        # Bricks and quotad are told a path of ours, and the mounts that the quota's commands leave behind our address.
+        for pid in {*self._pids(f"{self.folder}/"), *self._pids(self.address)}:
             if pid != os.getpid():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
