@@ -435,7 +435,7 @@ def test_a_snapshot_that_is_being_stored_is_waited_for(ec2: Ec2Server, driver: E
     ec2.layer.manners.delay = 3600
     snapshot = driver.snapshot(handle, new_snapshot_id())
     with (
-        context.request(timeout=1.0),
+        context.request(timeout=10.0),
         pytest.raises(DeadlineExceeded, match=r"not stored the snapshot yet.*43% of snap-"),
     ):
         driver.create_from_snapshot(snapshot, spec())

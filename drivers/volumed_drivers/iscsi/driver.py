@@ -136,7 +136,7 @@ class IscsiDriver(BlockDriver, SupportsExpand, SupportsImport):
                 if spec.size is not None and size < spec.size:
                     raise OutOfRange(f"LUN {lun} has {format_size(size)} only", subject=self._subject)
                 if adopted:
-                    self.host.check_unheld(device)
+                    self._check_unheld(device)
                 else:
                     self._check_empty(device, lun)
             finally:
@@ -171,7 +171,7 @@ class IscsiDriver(BlockDriver, SupportsExpand, SupportsImport):
             self._claims.drop(claim)
             return
         device = self._map(claim)
-        self.host.check_unheld(device)
+        self._check_unheld(device)
         self._wipe(claim, device)
         crash.point("iscsi.delete.wiped")
         self._unmap(claim)
@@ -234,6 +234,11 @@ class IscsiDriver(BlockDriver, SupportsExpand, SupportsImport):
             ) from None
         return self.host.wait_for_device({"DM_UUID": f"mpath-{serial}"}, timeout=DEVICE_TIMEOUT)
 
+    def _check_unheld(self, device: Path) -> None:
+        """Raises InUse. What udev's rules run on a device that has just come or changed is waited for."""
+        self.host.run(["udevadm", "settle", "--timeout=30"], timeout=40.0, check=False)
+        self.host.check_unheld(device)
+
     def unmap(self, handle: Handle) -> None:
         iqn, lun = place(handle)
         self._unmap(Claim(iqn, lun, ""))
@@ -243,7 +248,7 @@ class IscsiDriver(BlockDriver, SupportsExpand, SupportsImport):
             paths = self._sessions.paths(claim.iqn, claim.lun)
             device = _over(paths)
             if device is not None:
-                self.host.check_unheld(device)
+                self._check_unheld(device)
                 if device not in [path.device for path in paths]:
                     self.host.run(["multipath", "-f", device.name])
                 self._sessions.hide(paths)
