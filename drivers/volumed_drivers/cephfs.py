@@ -32,7 +32,7 @@ from volumed.driver import (
     SupportsSnapshots,
     VolumeSpec,
 )
-from volumed.errors import BackendUnavailable, ConfigError, NotFound, OperationPending
+from volumed.errors import BackendUnavailable, CommandFailed, ConfigError, NotFound, OperationPending
 from volumed.model import Handle, SnapshotId, VolumeId
 from volumed.testing import crash
 from volumed_drivers.ceph import CephOptions, Cluster
@@ -98,15 +98,21 @@ class CephFsDriver(FilesystemDriver, SupportsExpand, SupportsSnapshots, Supports
         """Whether it is the kernel, and why not. Raises ConfigError when what was asked for cannot be."""
         if self._options.mount_with == "fuse":
             return False, ""
-        self.host.run(["modprobe", "--quiet", "ceph"], timeout=20.0, check=False)
-        known = Path("/proc/filesystems").read_text().split()
-        helper = self.host.run(["mount.ceph", "--version"], timeout=10.0, check=False) if "ceph" in known else None
-        if helper is not None:
-            return True, ""
-        reason = "this kernel has no module ceph"
-        if self._options.mount_with == "kernel":
-            raise ConfigError(reason, subject=self._subject, hint="set mount-with to fuse, or load it")
-        return False, reason
+        reason = self._no_kernel()
+        if reason and self._options.mount_with == "kernel":
+            raise ConfigError(reason, subject=self._subject, hint="set mount-with to fuse, or see to it")
+        return not reason, reason
+
+    def _no_kernel(self) -> str:
+        """Why the kernel cannot mount here; empty when it can."""
+        try:
+            self.host.run(["modprobe", "--quiet", "ceph"], timeout=20.0, check=False)
+            if "ceph" not in Path("/proc/filesystems").read_text().split():
+                return "this kernel has no module ceph"
+            self.host.run(["mount.ceph", "--help"], timeout=10.0, check=False)
+        except CommandFailed as error:
+            return error.text
+        return ""
 
     # Volumes
     def create(self, spec: VolumeSpec) -> CreatedVolume:
