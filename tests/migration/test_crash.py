@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import wait_until
 from tests.crash.killing import assert_agree, crash_points
 from tests.harness.volumed import ApiError, Volumed
 from tests.migration.conftest import Mover
@@ -118,6 +119,23 @@ def test_killed_in_an_undo(mover: Mover, point: str) -> None:
     assert data_of(mover.mount("data")) == held
     mover.unmount("data")
     assert_agree(volumed)
+
+
+@pytest.mark.parametrize("point", ["migrate.reclaiming", "delete.absent", "migrate.reclaimed"])
+@pytest.mark.parametrize("body", [{"discard": True}, {"carry": True}], ids="".join)
+def test_there_is_no_way_back_into_a_source_that_is_half_gone(
+    mover: Mover, point: str, body: dict[str, bool]
+) -> None:
+    volumed, held = mover.volumed, fill(mover, "sized")
+    assert mover.move("data", "images")["phase"] == "kept"
+    survive(volumed, point, lambda: volumed.api.post("migrations", "data", "finish"))
+    with pytest.raises(ApiError, match="source is being taken away already|is done"):
+        volumed.api.post("migrations", "data", "rollback", body=body)
+    wait_until(lambda: volumed.api.get("migrations", "data")["phase"] == "done")
+    assert mover.volume("data")["backend"] == "images"
+    assert data_of(mover.mount("data")) == held
+    mover.unmount("data")
+    assert_agree_on_moved(volumed)
 
 
 def test_killed_in_a_copy(mover: Mover) -> None:

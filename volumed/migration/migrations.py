@@ -184,7 +184,15 @@ class Migrations:
         Raises PreconditionFailed saying what would be lost, InUse naming who holds it.
         """
         migration = self._kept(reference, "rolled back")
-        undone = self._undo.carry_back(migration) if carry else self._undo.switch_back(migration, discard=discard)
+        with self._core.locks.hold(f"reclaim:{migration.id}", subject=f"migration {migration.id}"):
+            migration = self._kept(migration.id, "rolled back")
+            if migration.reclaiming:
+                raise PreconditionFailed(
+                    "its source is being taken away already",
+                    subject=f"migration {migration.id}",
+                    hint=f"move the volume to {migration.source.backend} anew",
+                )
+            undone = self._undo.carry_back(migration) if carry else self._undo.switch_back(migration, discard=discard)
         self._spawn(undone.id)
         return undone
 
@@ -331,8 +339,8 @@ class Migrations:
                         _log.warning("the source of %s goes later: %s", migration.volume_name, error)
 
     def _reclaim_due(self, migration: Migration) -> None:
-        """When its time is over, or the volume was removed."""
-        gone = self._core.repository.volume(migration.volume_id) is None
+        """When its time is over, or the volume was removed, or it was begun."""
+        gone = migration.reclaiming or self._core.repository.volume(migration.volume_id) is None
         if gone or (migration.kept_until is not None and migration.kept_until <= now()):
             self._reclaim(migration)
 
@@ -343,6 +351,8 @@ class Migrations:
                 return
             if core.repository.volume_stored_as(migration.source.stored_as) is not None:
                 raise InvalidRequest("is the volume itself", subject=f"volume {migration.volume_name}")
+            migration = self._records.change(migration.id, reclaiming=True)
+            crash.point("migrate.reclaiming")
             place = OtherPlace(core, migration)
             place.destroy(_shell(migration), migration.snapshots)
             crash.point("migrate.reclaimed")

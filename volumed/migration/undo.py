@@ -42,15 +42,15 @@ class Undo:
     def switch_back(self, migration: Migration, *, discard: bool) -> Migration:
         """The commit point of an undo: from here on the target is what goes."""
         core = self._core
-        users = self._users_since(migration, self._volume(migration))
-        if users and not discard:
-            raise PreconditionFailed(
-                f"was used since the move, and what was written would be lost: {', '.join(users)}",
-                subject=f"volume {migration.volume_name}",
-                hint="carry it back with --carry, or lose it with --discard",
-            )
         with core.locks.hold(migration.volume_id):
             volume = self._volume(migration)
+            users = self._users_since(migration, volume)
+            if users and not discard:
+                raise PreconditionFailed(
+                    f"was used since the move, and what was written would be lost: {', '.join(users)}",
+                    subject=f"volume {migration.volume_name}",
+                    hint="carry it back with --carry, or lose it with --discard",
+                )
             backend = core.backends.get(volume.backend)
             snapshots = [snapshot.name for snapshot in core.repository.snapshots(volume.id)]
             if snapshots:
