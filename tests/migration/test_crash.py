@@ -123,9 +123,7 @@ def test_killed_in_an_undo(mover: Mover, point: str) -> None:
 
 @pytest.mark.parametrize("point", ["migrate.reclaiming", "delete.absent", "migrate.reclaimed"])
 @pytest.mark.parametrize("body", [{"discard": True}, {"carry": True}], ids="".join)
-def test_there_is_no_way_back_into_a_source_that_is_half_gone(
-    mover: Mover, point: str, body: dict[str, bool]
-) -> None:
+def test_there_is_no_way_back_into_a_source_that_is_half_gone(mover: Mover, point: str, body: dict[str, bool]) -> None:
     volumed, held = mover.volumed, fill(mover, "sized")
     assert mover.move("data", "images")["phase"] == "kept"
     survive(volumed, point, lambda: volumed.api.post("migrations", "data", "finish"))

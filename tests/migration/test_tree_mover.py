@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import random
@@ -19,6 +20,9 @@ from tests.migration.trees import make_everything, picture, unlock, write
 from volumed.errors import CapacityExhausted, HostError
 from volumed.migration.movers.mover import Control, Stopped
 from volumed.migration.movers.tree import TreeMover
+from volumed.migration.tree.content import Gate
+from volumed.migration.tree.entries import Tree
+from volumed.migration.tree.worker import Failure, Worker
 from volumed.units import MIB
 
 pytestmark = pytest.mark.root
@@ -39,6 +43,20 @@ def mover_of(source: Path, target: Path, workdir: Path, **more: frozenset[str]) 
         yield mover
     finally:
         mover.close()
+
+
+@contextmanager
+def worker_of(sides: tuple[Path, Path], gate: Gate) -> Iterator[Worker]:
+    """In this process."""
+    roots, mask = [os.open(side, os.O_RDONLY) for side in sides], os.umask(0)
+    worker = Worker(Tree(roots[0]), Tree(roots[1]), gate)
+    try:
+        yield worker
+    finally:
+        worker.forget_folders()
+        for root in roots:
+            os.close(root)
+        os.umask(mask)
 
 
 def proven(mover: TreeMover) -> str:
@@ -375,3 +393,85 @@ def test_a_child_that_lost_its_daemon_ends(sides: tuple[Path, Path], tmp_path: P
         assert process.stdin is not None
         process.stdin.close()
         wait_until(lambda: process.poll() is not None)
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_a_file_that_got_a_second_name_between_rounds_is_one_file(
+    tracked: bool, sides: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, target = sides
+    write(source / "first", b"of one name")
+    (source / "folder").mkdir()
+    with mover_of(source, target, tmp_path / "work") as mover:
+        if tracked:
+            mover.watch()
+        mover.round(Control())
+        proven(mover)
+        os.link(source / "first", source / "folder" / "second")
+        mover.round(Control(), last=True)
+        proven(mover)
+    assert (target / "first").stat().st_ino == (target / "folder" / "second").stat().st_ino
+    assert picture(target) == picture(source)
+
+
+def test_what_an_earlier_round_wrote_unproven_is_proven_later(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    """A later round writes one chunk of a file anew, which does not prove the others."""
+    source, target = sides
+    write(source / "large", random.randbytes(5 * MIB))
+    with mover_of(source, target, tmp_path / "work") as mover:
+        mover.round(Control())
+    with (target / "large").open("r+b") as file:
+        status = (target / "large").stat()
+        file.write(b"by nobody")
+        file.flush()
+        os.utime(target / "large", ns=(status.st_atime_ns, status.st_mtime_ns))
+    with (source / "large").open("r+b") as file:
+        file.seek(3 * MIB)
+        file.write(b"changed")
+    with mover_of(source, target, tmp_path / "work") as mover:
+        mover.round(Control(), last=True)
+        assert mover.verify(Control()).differences == ["large has other data at byte 0"]
+
+
+def test_a_round_cut_short_leaves_no_directory_of_the_target_unlocked(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    """Which the source, unchanged, does not tell, and what was written down of it, proven, neither."""
+    source, target = sides
+    (source / "frozen").mkdir()
+    write(source / "frozen" / "file", b"data")
+    sh("chattr", "+i", str(source / "frozen"))
+    time.sleep(0.3)  # longer than the grain of the clock
+    with mover_of(source, target, tmp_path / "work") as mover:
+        mover.round(Control())
+        proven(mover)
+        mover.round(Control())
+        proven(mover)
+        write(source / "large", random.randbytes(40 * MIB))
+        with pytest.raises(Stopped):
+            mover.round(stopping_at(5 * MIB, rate=20 * MIB))
+        mover.round(Control(), last=True)
+        proven(mover)
+    assert "i" in sh("lsattr", "-d", str(target / "frozen")).split()[0]
+    assert picture(target) == picture(source)
+
+
+def test_a_file_that_changed_when_its_reading_began_is_looked_at_again(sides: tuple[Path, Path]) -> None:
+    """However long it was read: what was stored in that instant has the same change time."""
+    for name in ("first", "second"):
+        write(sides[0] / name, b"just now")
+    with worker_of(sides, lambda _: time.sleep(0.2)) as worker:
+        copied = worker.copy([("", [("first", None), ("second", None)])])
+    assert [entry.ctime for entry in copied.entries] == [0, 0]
+
+
+def test_an_attribute_that_cannot_be_read_is_not_left_behind(
+    sides: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(sides[0] / "attributes", b"data")
+    os.setxattr(sides[0] / "attributes", "user.note", b"value")
+
+    def broken(*_: object, **__: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "getxattr", broken)
+    with worker_of(sides, lambda _: None) as worker, pytest.raises(Failure, match="Input/output error"):
+        worker.copy([("", [("attributes", None)])])

@@ -10,8 +10,6 @@ import errno
 import os
 import stat
 import struct
-import time
-from contextlib import suppress
 from typing import NamedTuple
 
 from blake3 import blake3
@@ -79,12 +77,14 @@ def describe(
     found: os.stat_result,
     about: bytes,
     *,
+    looked: int,
     digest: bytes = b"",
     chunks: bytes = b"",
     changed: bytes | None = None,
 ) -> Entry:
-    """`found` as it was before the entry was read."""
-    fresh = time.time_ns() - found.st_ctime_ns < GRAIN_NS
+    """`found` as it was before the entry was read; `looked`: the time (ns) just before that, or earlier. What changed
+    in that same instant, while the entry was read, has the same time, however long the reading took."""
+    fresh = looked - found.st_ctime_ns < GRAIN_NS
     kind = found.st_mode
     return Entry(
         path=path,
@@ -171,8 +171,11 @@ def _read_attributes(tree: Tree, place: int | str) -> dict[str, bytes]:
                 continue
         elif "xattrs" in tree.losses:
             continue
-        with suppress(OSError):  # taken away a moment ago
+        try:
             found[name] = os.getxattr(place, name, **options)
+        except OSError as error:
+            if error.errno != errno.ENODATA:  # taken away a moment ago
+                raise
     return found
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import apsw
 from blake3 import blake3
 
+from volumed.migration.tree import content
 from volumed.migration.tree.entries import Entry
 
 _SCHEMA = """
@@ -23,7 +24,7 @@ CREATE TABLE IF NOT EXISTS entry (
     changed BLOB, proven INTEGER NOT NULL
 );
 CREATE INDEX IF NOT EXISTS unproven ON entry (id) WHERE proven = 0;
-CREATE INDEX IF NOT EXISTS linked ON entry (inode) WHERE links > 1;
+CREATE TABLE IF NOT EXISTS round (begun INTEGER);
 CREATE TEMP TABLE pending_link (inode INTEGER, path BLOB);
 CREATE TEMP TABLE pending_folder (path BLOB PRIMARY KEY, ctime INTEGER) WITHOUT ROWID;
 """
@@ -36,7 +37,7 @@ _VERSION = 1
 class Manifest:
     def __init__(self, path: Path) -> None:
         self._connection = apsw.Connection(str(path))
-        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "cache_size=-49152", "temp_store=FILE"):
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "cache_size=-49152", "temp_store=FILE"):
             self._connection.execute(f"PRAGMA {pragma}")
         version = self._connection.pragma("user_version")
         if version not in (0, _VERSION):
@@ -53,6 +54,18 @@ class Manifest:
         """Only after the target was synced."""
         self._connection.execute("COMMIT")
         self._connection.execute("BEGIN")
+
+    def begin_round(self) -> bool:
+        """Written down at once. Whether the last one was cut short: it may have left directories of the target open to
+        be written, and with other times, of which nothing is known."""
+        cut_short = bool(self._rows("SELECT 1 FROM round"))
+        if not cut_short:
+            self._connection.execute("INSERT INTO round VALUES (1)")
+            self.commit()
+        return cut_short
+
+    def end_round(self) -> None:
+        self._connection.execute("DELETE FROM round")
 
     def empty(self) -> bool:
         return not self._connection.execute("SELECT EXISTS (SELECT 1 FROM entry)").get
@@ -73,13 +86,29 @@ class Manifest:
         return found
 
     def put(self, entries: Iterable[Entry]) -> None:
-        rows = [(os.fsencode(entry.path), *entry[1:]) for entry in entries]
+        rows = [(os.fsencode(entry.path), *self._with_unproven(entry)[1:]) for entry in entries]
         self._connection.executemany("DELETE FROM entry WHERE path = ?", [(row[0],) for row in rows])
         self._connection.executemany(_PUT, rows)
 
     def put_new(self, entries: Iterable[Entry]) -> None:
         """As `put`, of paths that have no row."""
         self._connection.executemany(_PUT, [(os.fsencode(entry.path), *entry[1:]) for entry in entries])
+
+    def _with_unproven(self, entry: Entry) -> Entry:
+        """What an earlier round wrote of it and nobody has read back is to be read back still."""
+        if entry.changed is None:
+            return entry
+        before = self._connection.execute(
+            "SELECT changed FROM entry WHERE path = ? AND proven = 0", (os.fsencode(entry.path),)
+        ).fetchone()
+        if before is None:
+            return entry
+        if before[0] is None:
+            return entry._replace(changed=None)
+        numbers = {*content.unpack(before[0]), *content.unpack(entry.changed)}
+        return entry._replace(
+            changed=content.pack(sorted(number for number in numbers if number * content.CHUNK < entry.size))
+        )
 
     def forget(self, paths: Iterable[str]) -> None:
         self._connection.executemany("DELETE FROM entry WHERE path = ?", [(os.fsencode(path),) for path in paths])
@@ -96,15 +125,21 @@ class Manifest:
         rows = [(inode, os.fsencode(path)) for path, inode in links]
         self._connection.executemany("INSERT INTO pending_link VALUES (?, ?)", rows)
 
+    def index_inodes(self) -> None:
+        """Once all that was there is written down: dear while rows come by the million."""
+        self._connection.execute("CREATE INDEX IF NOT EXISTS inodes ON entry (inode)")
+
     def take_links(self) -> Iterator[list[tuple[str, Entry | None]]]:
-        """For each inode that has something new: all of its names, those known first."""
+        """For each inode that has something new: all of its names, those known first. One that had a single name when
+        it was copied, and got another since, as well: of the first name no event tells then."""
+        self.index_inodes()
         self._connection.execute("CREATE TEMP TABLE link_now AS SELECT DISTINCT inode, path FROM pending_link")
         self._connection.execute("DELETE FROM pending_link")
         try:
             inodes = [row[0] for row in self._connection.execute("SELECT DISTINCT inode FROM link_now ORDER BY inode")]
             for inode in inodes:
                 found = self._connection.execute(
-                    "SELECT path FROM entry WHERE inode = ?1 AND links > 1 "
+                    "SELECT path FROM entry WHERE inode = ?1 "
                     "UNION SELECT path FROM link_now WHERE inode = ?1 ORDER BY path",
                     (inode,),
                 )

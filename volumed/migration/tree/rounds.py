@@ -83,6 +83,7 @@ class Rounds:
         self._committed = time.monotonic()
         self._seeding = False
         self._links = False
+        self._after_cut = False
         self._walked = ""
         self.looked = 0  # entries, ever
         self.compared = 0
@@ -97,6 +98,7 @@ class Rounds:
         self._seeding = self._manifest.empty()
         self._links = False
         self._manifest.drop_pending()
+        self._after_cut = self._manifest.begin_round()
         self._pool.tell_each(("forget_folders", None))
         if walk:
             if self._remote:  # a server learns of stores, and gives them a time, when they are sent
@@ -106,6 +108,7 @@ class Rounds:
             self._run("copy", self._batches(self._listed(changed), forced=True))
         self._run("link", self._groups())
         self._run("finish", _in_batches(self._manifest.take_folders()))
+        self._manifest.end_round()
         self.commit()
         return Outcome(self._bytes, self._files, self.looked - looked, self._removed, self._unsettled)
 
@@ -214,7 +217,7 @@ class Rounds:
         known = None if self._seeding else self._manifest.known([path]).get(path)
         try:
             made = bool(path) and self._make_folder(path)
-            changed = made or known is None or known.signature != entries.signature_of(found)
+            changed = made or self._after_cut or known is None or known.signature != entries.signature_of(found)
             target = posix.open_folder(self._target.root, path)
         except OSError as error:
             if error.errno in SHIFTED:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -43,12 +44,13 @@ def nothing() -> Copied:
 
 
 class Todo(NamedTuple):
-    """`found`: at the source. `opened`: its file there."""
+    """`found`: at the source, `looked` at before that. `opened`: its file there."""
 
     name: str
     known: Entry | None
     found: os.stat_result
     opened: int | None
+    looked: int  # when, ns
 
 
 class Compared(NamedTuple):
@@ -108,6 +110,7 @@ class Worker:
     def _copy_some(self, done: Copied, path: str, source: int, target: int, names: Names) -> None:
         with ExitStack() as stack:
             todo = []
+            looked = time.time_ns()
             for name, known in names:
                 with _blaming(joined(path, name)), suppress(FileNotFoundError):
                     found = os.stat(name, dir_fd=source, follow_symlinks=False)
@@ -120,7 +123,7 @@ class Worker:
                         done.linked.append((joined(path, name), found.st_ino))
                         continue
                     try:
-                        todo.append(Todo(name, known, found, _open_source(source, name, found, stack)))
+                        todo.append(Todo(name, known, found, _open_source(source, name, found, stack), looked))
                     except Torn:
                         done.touched.append(joined(path, name))
             for each in todo:
@@ -147,14 +150,14 @@ class Worker:
                 done.touched.append(full)
 
     def _copy_entry(self, done: Copied, full: str, folders: tuple[int, int], todo: Todo) -> Entry:
-        name, known, found, opened = todo
+        name, known, found, opened, looked = todo
         if opened is not None:
             found = os.fstat(opened)
         about = entries.read_about(self._source, Spot(folders[0], name, opened), found.st_mode)
         if opened is None:
             if self._make_special(folders[1], name, found, about):
                 done.replaced.append(full)
-            return entries.describe(full, found, about.packed())
+            return entries.describe(full, found, about.packed(), looked=looked)
         target, known, new = self._open_target(folders[1], name, found, known)
         if new is None:
             done.replaced.append(full)
@@ -166,7 +169,13 @@ class Worker:
             os.close(target)
         changed = None if known is None else content.pack(written)
         return entries.describe(
-            full, found, about.packed(), digest=content.digest_of(chunks), chunks=chunks, changed=changed
+            full,
+            found,
+            about.packed(),
+            looked=looked,
+            digest=content.digest_of(chunks),
+            chunks=chunks,
+            changed=changed,
         )
 
     def _make_special(self, folder: int, name: str, found: os.stat_result, about: entries.About) -> bool:
@@ -243,10 +252,11 @@ class Worker:
                 if first is not None:
                     self._link_one(done, first, source, (target, name), path)
                     continue
+                looked = time.time_ns()
                 found = os.stat(name, dir_fd=source, follow_symlinks=False)
                 if stat.S_ISDIR(found.st_mode) or self._is_lost(found):
                     continue
-                todo = Todo(name, known, found, _open_source(source, name, found, stack))
+                todo = Todo(name, known, found, _open_source(source, name, found, stack), looked)
                 before = len(done.entries)
                 self._copy_one(done, parent, (source, target), todo)
                 if len(done.entries) > before:
@@ -301,13 +311,14 @@ class Worker:
             with _blaming(path), self._settled(done, path):
                 source = self._folder(self._source, path)
                 target = self._folder(self._target, path)
+                looked = time.time_ns()
                 found = os.fstat(source)
                 about = entries.read_about(self._source, Spot(source, ".", source), found.st_mode)
                 if not path:
                     about = about._replace(project=None)
                 entries.unlock(target, None)
                 entries.apply(self._target, Spot(target, ".", target), found, about)
-                entry = entries.describe(path, found, about.packed())
+                entry = entries.describe(path, found, about.packed(), looked=looked)
                 done.entries.append(entry._replace(ctime=entry.ctime if found.st_ctime_ns == listed else 0))
         return done
 
