@@ -19,7 +19,7 @@ run: .venv/runtime ## Start the daemon in the foreground, as root; Ctrl-C ends i
 
 test: .venv/development ## Install what the tests need (as root) and run them all
 	@scripts/install-packages
-	@$(BIN)/python -m pytest
+	@scripts/run-tests $(BIN)/python
 
 check: .venv/development ## Style, types, layers and unit tests, in under a minute
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache >/dev/null
