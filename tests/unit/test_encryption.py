@@ -29,6 +29,14 @@ from volumed.units import MIB
 DEVICE = Path("/dev/somewhere")
 
 
+OLD, NEW = "the-old-key-0123456789-0123456789", "the-new-key-0123456789-0123456789"
+WRITTEN = {"old": OLD, "new": NEW}
+
+
+def told_key(volume_id: str) -> str:
+    return f"the-key-of-{volume_id}-0123456789-0123456789"
+
+
 class LuksHost(FakeHost):
     """cryptsetup, as far as key slots go. `slots` by device."""
 
@@ -54,7 +62,7 @@ class LuksHost(FakeHost):
         words = [str(word) for word in argv]
         self.words += words
         if words[0] != "cryptsetup":
-            return Completed(0, f"key-{words[1]}\n", "")
+            return Completed(0, f"{told_key(words[1])}\n", "")
         key, verb = stdin or "", words[1]
         device = next(word for word in words if word.startswith("/dev/"))
         if verb == "luksFormat":
@@ -79,7 +87,7 @@ def host(tmp_path: Path) -> LuksHost:
 
 
 def key_file(folder: Path, name: str) -> str:
-    (folder / name).write_text(f"{name}-key\n")
+    (folder / name).write_text(f"{WRITTEN[name]}\n")
     return f"file:{folder / name}"
 
 
@@ -113,9 +121,9 @@ def test_a_volume_that_is_not_encrypted_passes_through(host: LuksHost, tmp_path:
 def test_the_newest_key_is_given_and_each_is_tried(host: LuksHost, tmp_path: Path) -> None:
     encryption = made(host, tmp_path)
     encryption.format(volume(), DEVICE)
-    assert host.slots == {str(DEVICE): ["new-key"]}
+    assert host.slots == {str(DEVICE): [NEW]}
     assert encryption.opened(volume(), DEVICE) == Path("/dev/mapper/volumed-v1-crypt")
-    host.slots[str(DEVICE)] = ["old-key"]
+    host.slots[str(DEVICE)] = [OLD]
     encryption.opened(volume(), DEVICE)
     assert "--allow-discards" in host.words
     host.slots[str(DEVICE)] = ["somebodys"]
@@ -130,10 +138,10 @@ def test_the_newest_key_is_given_and_each_is_tried(host: LuksHost, tmp_path: Pat
 
 def test_rotation_leaves_the_newest_alone(host: LuksHost, tmp_path: Path) -> None:
     encryption = made(host, tmp_path)
-    for slots in (["old-key"], ["old-key", "new-key"], ["new-key"], ["new-key", "recovery"]):
+    for slots in ([OLD], [OLD, NEW], [NEW], [NEW, "recovery"]):
         host.slots[str(DEVICE)] = list(slots)
         encryption.rekey(volume(), DEVICE)
-        expected = ["new-key", "recovery"] if "recovery" in slots else ["new-key"]  # an operator's own slot stays
+        expected = [NEW, "recovery"] if "recovery" in slots else [NEW]  # an operator's own slot stays
         assert host.slots[str(DEVICE)] == expected
     assert list(host.folder.iterdir()) == []
 
@@ -145,23 +153,32 @@ def test_a_key_that_fits_nothing_changes_nothing(host: LuksHost, tmp_path: Path)
     assert host.slots[str(DEVICE)] == ["somebodys"]
 
 
+def test_a_key_that_could_be_guessed_is_given_to_no_volume(host: LuksHost, tmp_path: Path) -> None:
+    encryption = made(host, tmp_path)
+    (tmp_path / "new").write_text("a password of 31 characters....")
+    for give in (encryption.format, encryption.rekey):
+        with pytest.raises(ConfigError, match=r"volume data: the key 'main' is shorter than 32.*openssl rand -hex 32"):
+            give(volume(), DEVICE)
+    assert host.slots == {}
+
+
 def test_a_copy_is_given_its_own_key(host: LuksHost, tmp_path: Path) -> None:
     encryption = made(host, tmp_path)
     encryption.format(volume("told", "v1"), DEVICE)
     encryption.rekey(volume("told", "v2"), DEVICE, origin=volume("told", "v1"))
-    assert host.slots[str(DEVICE)] == ["key-v2"]
+    assert host.slots[str(DEVICE)] == [told_key("v2")]
     encryption.rekey(volume("main", "v2"), DEVICE, origin=volume("told", "v2"))
-    assert host.slots[str(DEVICE)] == ["new-key"]
+    assert host.slots[str(DEVICE)] == [NEW]
 
 
 def test_no_key_is_ever_an_argument(host: LuksHost, tmp_path: Path) -> None:
     encryption = made(host, tmp_path)
     encryption.format(volume(), DEVICE)
-    host.slots[str(DEVICE)] = ["old-key"]
+    host.slots[str(DEVICE)] = [OLD]
     encryption.opened(volume(), DEVICE)
     encryption.rekey(volume(), DEVICE)
-    assert "old-key" not in " ".join(host.words)
-    assert "new-key" not in " ".join(host.words)
+    assert OLD not in " ".join(host.words)
+    assert NEW not in " ".join(host.words)
 
 
 def test_a_key_that_is_nowhere(host: LuksHost, tmp_path: Path) -> None:

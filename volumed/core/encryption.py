@@ -22,6 +22,8 @@ from volumed.model import Volume
 from volumed.testing import crash
 
 KEY_TIMEOUT = 30.0
+# Characters: 128 bits as hexadecimal digits. Keys are not stretched (`volumed.host.luks`), so none may be a password.
+SHORTEST_KEY = 32
 _NODE = re.compile(r"volumed-(v[0-9a-f]{32})-crypt")
 
 
@@ -110,7 +112,15 @@ class Encryption:
 
     # Keys
     def _current(self, volume: Volume) -> str:
-        return next(self._each_key(volume))
+        """What it shall be opened by from now on. Raises ConfigError for one that could be guessed."""
+        key = next(self._each_key(volume))
+        if len(key) < SHORTEST_KEY:
+            raise ConfigError(
+                f"the key {volume.encryption!r} is shorter than {SHORTEST_KEY} characters",
+                subject=f"volume {volume.name}",
+                hint="make one that nobody can guess: openssl rand -hex 32",
+            )
+        return key
 
     def _known(self, volume: Volume, origin: Volume | None) -> Iterator[str]:
         yield from self._each_key(volume)

@@ -26,7 +26,7 @@ from volumed_drivers.image import ImageDriver
 
 pytestmark = pytest.mark.timeout(1500)  # the machine is emulated, and cryptsetup computes
 
-OLD, NEW = "the-key-of-before-0123456789", "the-key-of-today-9876543210"
+OLD, NEW = "the-key-of-before-0123456789-0123456789", "the-key-of-today-9876543210-9876543210"
 SECRET = b"nobody may read this on the storage"
 DOCKER = Engine.DOCKER
 
