@@ -18,8 +18,8 @@ from tests.harness.volumed import ApiError, Volumed
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
-# Drivers whose own points their suites pass, where their storage is.
-ELSEWHERE = ("lvm", "ceph-rbd", "cephfs", "ebs", "iscsi", "gluster", "nfs", "s3")
+# Drivers whose own points their suites pass, where their storage is; `folder` is what nfs and gluster share.
+ELSEWHERE = ("lvm", "ceph-rbd", "cephfs", "ebs", "iscsi", "folder", "s3")
 # tests/migration/test_crash.py; tests/vm/guest/test_encryption.py
 OTHER_LIVES = ("migrate", "encryption", "rotate")
 BACKENDS = ("local", "sized", "tree", "attached")
