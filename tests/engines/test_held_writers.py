@@ -191,6 +191,13 @@ def test_who_must_not_be_stopped_is_named(docker: Docker, place: Place) -> None:
         ContainerWriters([], place.path, [unknown], freeze=True).plan()
 
 
+def test_one_that_is_about_to_start_is_waited_for(docker: Docker, place: Place) -> None:
+    """It has the volume mounted, and would write to the old place in the middle of the last round."""
+    docker("create", "--name", "starting", "-v", f"{place.path}:/data", "busybox", "sleep", "1000")
+    with pytest.raises(InUse, match=r"starting.*is created and holds the volume"):
+        writers(docker, place, "starting").plan()
+
+
 def test_podman_s_containers_are_held_alike(place: Place, tmp_path: Path) -> None:
     with podman_with(driver="none", plugin_socket=tmp_path / "none.sock") as podman:
         volume = f"{place.path}:/data"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ def test_other_changes_wait_for_it(mover: Mover, data: bytes) -> None:
         api.post("volumes", "data", "snapshots", body={"name": "one"})
     with pytest.raises(ApiError, match="is being moved to backend images"):
         api.post("volumes", "data", "migrate", body={"backend": "tree"})
+    wait_for_some(mover, reference, 1)
     with pytest.raises(ApiError, match="volumed itself, which moves it"):
         api.delete("volumes", "data")
     api.post("migrations", reference, "throttle", body={"bandwidth": None})
@@ -212,3 +214,22 @@ def test_a_smaller_place_goes_by_tree_when_the_data_fits(mover: Mover, data: byt
     moved = mover.move("data", "images", size="48m")
     assert (moved["phase"], moved["path"]) == ("kept", "tree"), moved
     assert_moved(mover, data)
+
+
+def test_a_process_of_the_machine_that_holds_the_old_place_is_waited_for_and_named(mover: Mover) -> None:
+    """Before the commit point: after it the new place could not be shown."""
+    mover.create("data", "local")
+    path = mover.mount("data")
+    (path / "data").write_bytes(b"x")
+    reference = mover.begin("data", "tree", accept_loss=["size"])
+    wait_until(lambda: (state(mover, reference)["progress"] or {}).get("step") == "waiting until nobody uses it")
+    child = subprocess.Popen(["sleep", "1000"], cwd=path)
+    try:
+        mover.unmount("data")
+        wait_until(lambda: f"sleep (pid {child.pid})" in state(mover, reference)["error"])
+        assert mover.volume("data")["backend"] == "local"
+    finally:
+        child.kill()
+        child.wait()
+    assert mover.outcome(reference)["phase"] == "kept"
+    assert_moved(mover, b"x", backend="tree")

@@ -215,10 +215,14 @@ class Migrations:
     def start(self) -> None:
         """Go on with what was cut short."""
         for migration in self.all():
-            ours = migration.node == self._core.node and not migration.phase.ended
-            if ours and not migration.paused and migration.phase is not MigrationPhase.KEPT:
+            stranded = migration.held and _rests(migration) and migration.node == self._core.node
+            if stranded or self._is_to_go_on(migration):
                 self._spawn(migration.id)
         threading.Thread(target=self._sweep, name="migrations", daemon=True).start()
+
+    def _is_to_go_on(self, migration: Migration) -> bool:
+        over = migration.phase.ended or migration.phase is MigrationPhase.KEPT
+        return migration.node == self._core.node and not over and not _rests(migration)
 
     def stop(self) -> None:
         """What was copied stays, and goes on at the next start."""
@@ -264,7 +268,7 @@ class Migrations:
                     with self._guard:
                         self._running[migration_id] = (threading.current_thread(), control)
         except Exception:
-            _log.exception("move %s ended by a bug; it goes on after a restart", migration_id)
+            _log.exception("move %s ended by a bug; it is begun again", migration_id)
         finally:
             with self._guard:
                 del self._running[migration_id]
@@ -285,9 +289,12 @@ class Migrations:
         """Whether it is to be tried again."""
         migration = self.get(migration_id)
         control.rate = migration.bandwidth
+        move = Move(self._core, self._records, migration, control, self._stop_writers)
+        if _rests(migration):
+            move.let_go()
+            return False
         try:
             with self._room(migration, control):
-                move = Move(self._core, self._records, migration, control, self._stop_writers)
                 self._moves[migration_id] = move
                 move.run()
         except Stopped:
@@ -331,12 +338,21 @@ class Migrations:
     # Taking the source away
     def _sweep(self) -> None:
         while not self._closing.wait(SWEEP):
-            for migration in self.all():
-                if migration.phase is MigrationPhase.KEPT and migration.node == self._core.node:
-                    try:
-                        self._reclaim_due(migration)
-                    except VolumedError as error:
-                        _log.warning("the source of %s goes later: %s", migration.volume_name, error)
+            try:
+                self._sweep_once()
+            except Exception:
+                _log.exception("moves are looked at again later")
+
+    def _sweep_once(self) -> None:
+        """Sources whose time is over go; and a move whose thread a bug, or a full ledger, ended goes on."""
+        for migration in self.all():
+            if migration.phase is MigrationPhase.KEPT and migration.node == self._core.node:
+                try:
+                    self._reclaim_due(migration)
+                except VolumedError as error:
+                    _log.warning("the source of %s goes later: %s", migration.volume_name, error)
+            elif self._is_to_go_on(migration):
+                self._spawn(migration.id)
 
     def _reclaim_due(self, migration: Migration) -> None:
         """When its time is over, or the volume was removed, or it was begun."""
@@ -358,6 +374,11 @@ class Migrations:
             crash.point("migrate.reclaimed")
             self._records.advance(migration, MigrationPhase.DONE)
             place.forget()
+
+
+def _rests(migration: Migration) -> bool:
+    """Paused before its commit point. Who was held still then must not wait for its being resumed."""
+    return migration.paused and not migration.phase.committed and migration.phase is not MigrationPhase.ABORTING
 
 
 def _shell(migration: Migration) -> Volume:

@@ -14,7 +14,6 @@ from datetime import timedelta
 from typing import NamedTuple, Protocol
 
 from volumed.core.core import Core
-from volumed.core.mounts import describe_each
 from volumed.driver import FilesystemDriver, SupportsCapacity
 from volumed.errors import (
     CapacityExhausted,
@@ -30,7 +29,7 @@ from volumed.migration.movers.mover import Control, Mover, Round, Writers
 from volumed.migration.movers.tree import TreeMover
 from volumed.migration.places import at, source_and_target
 from volumed.migration.records import Records
-from volumed.migration.site import Busy, Sides, Site
+from volumed.migration.site import Busy, Known, Sides, Site
 from volumed.model import Binding, Engine, Migration, MigrationPhase, MovePath, Volume, VolumeState, now
 from volumed.store.repository import Transaction
 from volumed.testing import crash
@@ -39,6 +38,8 @@ _log = logging.getLogger(__name__)
 # Of a volume that is in use and whose users are not to be stopped: how often it is looked whether they are gone.
 WAITING = 1.0
 NEARLY_NOTHING = 1 << 20
+# Seconds for which an engine that refuses to let containers go on is asked again.
+LETTING_GO = 30.0
 # Rounds after which what is left will not become less.
 MOST_ROUNDS = 30
 
@@ -164,24 +165,25 @@ class Move:
     # Holding still
     def _converge(self) -> None:
         """Rounds while it is in use, each proven at once; then whoever writes is held still, or waited for."""
-        if self.migration.held:  # a crash between holding still and the last round
-            self._release_held(moved=False)
+        self.let_go()  # a crash between holding still and the last round
         mover, rounds = self._open(), 0
-        while others := self._site.others(self._site.volume()):
+        while self._site.others(self._site.volume()):
             spent = 0.0
             if self.migration.path is MovePath.TREE:
                 spent, rounds = self._copy(mover).seconds, rounds + 1
                 self._prove()
-            reason = self._hold_and_finish(mover, others, rounds)
+            reason = self._hold_and_finish(mover, rounds)
             if not reason:
                 return
             self.step = Step(f"waiting until nobody uses it{reason}".strip(), 0, 0, time.monotonic())
             self._wait(WAITING + 2 * spent)
-        self._last_round(known=frozenset())
+        self._last_round(None)
 
-    def _hold_and_finish(self, mover: Mover, others: list[Binding], rounds: int) -> str:
+    def _hold_and_finish(self, mover: Mover, rounds: int) -> str:
         """Why its users cannot be held still now; empty when they were, and all is done. Raises PreconditionFailed when
         the pause would be longer than it may be, however often the rounds go on."""
+        seen = self._core.repository.disturbance(self.migration.volume_id)  # read first: who comes later shows
+        others = self._site.others(self._site.volume())
         writers = None if self.migration.wait else self._writers(others)
         if writers is None:
             return " "
@@ -195,7 +197,7 @@ class Move:
                 )
             return f": the pause would be {predicted:.1f} s"
         try:
-            self._with_writers_held(writers, frozenset(held.mount_id for held in others))
+            self._with_writers_held(writers, Known(frozenset(held.mount_id for held in others), seen))
         except InUse as error:
             if self.migration.phase is not MigrationPhase.CONVERGING:
                 raise
@@ -218,39 +220,40 @@ class Move:
             self.control.check()
             time.sleep(0.2)
 
-    def _with_writers_held(self, writers: Writers, known: frozenset[str]) -> None:
+    def _with_writers_held(self, writers: Writers, known: Known) -> None:
         plan = writers.plan()
         self.migration = self._records.change(self.migration.id, held=plan)
         crash.point("migrate.planned-hold")
-        begun, moved = time.monotonic(), False
+        begun, shown = time.monotonic(), False
         try:
             writers.hold(plan)
             crash.point("migrate.held")
-            self._last_round(known=known)
-            moved = True
+            self._last_round(known)
             self._site.show_new_place()
+            shown = True
         finally:
-            moved = moved or self.migration.phase.committed
-            self._let_go(writers, plan, moved=moved)
-            self.migration = self._records.change(self.migration.id, held=b"", pause=round(time.monotonic() - begun, 3))
+            # Past the commit point nobody goes on while the path shows the old place: `_go_over` lets them go.
+            if shown or not self._records.get(self.migration.id).phase.committed:
+                left = b"" if self._let_go(writers, plan, moved=shown) else plan
+                pause = round(time.monotonic() - begun, 3)
+                self.migration = self._records.change(self.migration.id, held=left, pause=pause)
 
-    def _let_go(self, writers: Writers, plan: bytes, *, moved: bool) -> None:
-        for line in writers.release(plan, moved=moved):
+    def _let_go(self, writers: Writers, plan: bytes, *, moved: bool) -> bool:
+        """Whether all could be. An engine that does not answer may be starting anew, and is asked again for a while."""
+        ends = time.monotonic() + LETTING_GO
+        while (stranded := writers.release(plan, moved=moved)) and time.monotonic() < ends:
+            time.sleep(WAITING)
+        for line in stranded:
             self._core.events.publish("migration.stranded", self.migration.volume_name, line, level=logging.ERROR)
+        return not stranded
 
-    def _last_round(self, *, known: frozenset[str]) -> None:
+    def _last_round(self, known: Known | None) -> None:
         """Nobody writes from here to the commit point. Who wants to mount the volume meanwhile waits for the lock.
-        `known`: holds whose consumers are held still."""
+        `known`: None when nobody is held still, as nobody uses it."""
         begun = time.monotonic()
         mover = self._open()
         with self._site.locked() as volume:
-            others = [held for held in self._site.others(volume) if held.mount_id not in known]
-            if others:
-                raise Busy(
-                    "came into use",
-                    subject=f"volume {volume.name}",
-                    hint="; ".join(line for each in others for line in describe_each(each)),
-                )
+            self._site.check_known(volume, known)
             if self.migration.path is MovePath.BLOCK and self._site.settle_device(volume, mover.source):
                 mover.watch()
             self._advance(MigrationPhase.QUIESCED)
@@ -260,6 +263,7 @@ class Move:
             self._advance(MigrationPhase.VERIFIED, digest=digest)
             self._close_target(volume)
             crash.point("migrate.closed")
+            self._site.check_path_unheld(volume)
             self._commit(volume, pause=time.monotonic() - begun)
 
     def _prove(self) -> str:
@@ -276,12 +280,15 @@ class Move:
 
     def _close_target(self, volume: Volume) -> None:
         """It is whole, on stable storage, and may be mounted as the volume from now on."""
-        if self._mover is not None:
-            self._mover.close()
-            self._mover = None
         target = at(volume, self.migration.target)
         source_size, place = self.migration.source.size, self._site.other()
-        if self.migration.path is MovePath.BLOCK and target.size and source_size and target.size > source_size:
+        block = self.migration.path is MovePath.BLOCK
+        grows = block and target.size and source_size and target.size > source_size
+        mover, self._mover = self._open(), None
+        if grows:
+            mover.forget()
+        mover.close()
+        if grows:
             place.grow(target)
         place.close(target)
 
@@ -326,10 +333,14 @@ class Move:
             self._let_go(writers, self.migration.held, moved=moved)
         self.migration = self._records.change(self.migration.id, held=b"")
 
-    def _begin_last_round_again(self) -> None:
-        """A crash, or an error, between holding still and the commit point."""
+    def let_go(self) -> None:
+        """Of a move that does not go on now: nobody waits for it."""
         if self.migration.held:
             self._release_held(moved=False)
+
+    def _begin_last_round_again(self) -> None:
+        """A crash, or an error, between holding still and the commit point."""
+        self.let_go()
         if self.migration.path is MovePath.TREE:
             self._open().watch()
         self._advance(MigrationPhase.CONVERGING)
@@ -338,8 +349,7 @@ class Move:
     def _take_back(self) -> None:
         """The target goes; the source was never written to."""
         self._close()
-        if self.migration.held:
-            self._release_held(moved=False)
+        self.let_go()
         core = self._core
         volume = core.repository.volume(self.migration.volume_id)
         if volume is not None:

@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 from volumed.core.backends import Backend
 from volumed.core.core import Core
+from volumed.core.mounts import describe_each
 from volumed.core.presence import Observed
 from volumed.driver import BlockDriver
 from volumed.errors import InUse, NotFound, VolumedError
+from volumed.host.holders import holders_of_mount
 from volumed.migration.places import OtherPlace, at, device_of, source_and_target
 from volumed.model import Binding, Engine, Migration, MovePath, Volume, now
 from volumed.testing import crash
@@ -28,6 +30,14 @@ class Busy(VolumedError):
 class Sides(NamedTuple):
     source: Path
     target: Path
+
+
+class Known(NamedTuple):
+    """Whose consumers are held still: the ids of their mounts, and `Repository.disturbance` when they were read. An
+    engine may give two containers one id, so that who came since shows in the latter alone."""
+
+    mount_ids: frozenset[str]
+    disturbance: int
 
 
 class Site:
@@ -89,6 +99,17 @@ class Site:
         """Holds of anybody but us."""
         return [held for held in self._core.repository.bindings(volume.id) if held.engine is not Engine.VOLUMED]
 
+    def check_known(self, volume: Volume, known: Known | None) -> None:
+        """Raises Busy when somebody else uses it, or did since they were held."""
+        others = [held for held in self.others(volume) if known is None or held.mount_id not in known.mount_ids]
+        came = known is not None and self._core.repository.disturbance(volume.id) != known.disturbance
+        if others or came:
+            raise Busy(
+                "came into use",
+                subject=f"volume {volume.name}",
+                hint="; ".join(line for each in others for line in describe_each(each)),
+            )
+
     def sides(self) -> Sides:
         with self.locked() as volume:
             source, target = source_and_target(self.migration, volume)
@@ -134,13 +155,26 @@ class Site:
             if shown is not Observed.MOUNTED and (
                 old.call(lambda: presence.observe(source, old.driver)) is not Observed.FOREIGN
             ):
-                with contextlib.suppress(InUse):  # frozen containers have it still: it goes when they were let go
+                try:
                     old.call(lambda: presence.remove(source, old.driver))
+                except InUse:
+                    if core.host.is_mountpoint(presence.path(volume.id)):
+                        raise
+                    # Its device alone is held, by frozen containers: it goes when they were let go.
             crash.point("migrate.hidden")
             if core.repository.bindings(volume.id, node=core.node):
                 new.call(lambda: presence.establish(target, new.driver))
             else:
                 new.call(lambda: presence.remove(target, new.driver))
+
+    def check_path_unheld(self, volume: Volume) -> None:
+        """By a process of this machine, outside of containers: then the new place could not be shown there after the
+        commit point, and whoever is held still would have to wait for that process."""
+        path = self._core.mounts.presence.path(volume.id)
+        mounted = self._core.host.is_mountpoint(path)
+        holders = [line for line in holders_of_mount(path) if "pid" in line] if mounted else []
+        if holders:
+            raise Busy(f"is held at {path} by {', '.join(holders)}", subject=f"volume {volume.name}")
 
     def take_source_away(self) -> None:
         """Not mapped any more: only what is in use is present on a node."""

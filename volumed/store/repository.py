@@ -239,6 +239,11 @@ class Repository:
     def disturbed(self, volume_id: VolumeId) -> bool:
         return self.store.get(f"disturbed/{volume_id}") is not None
 
+    def disturbance(self, volume_id: VolumeId) -> int:
+        """Another number after each mount of it while it is moved; 0 when there was none."""
+        entry = self.store.get(f"disturbed/{volume_id}")
+        return entry.revision if entry else 0
+
     def calm(self, volume_id: VolumeId) -> None:
         self.store.commit(delete=[f"disturbed/{volume_id}"])
 

@@ -161,6 +161,10 @@ class BlockMover(Mover):
         for each in jobs:
             each.result()
 
+    def forget(self) -> None:
+        self.close()
+        (self.workdir / "chunks").unlink(missing_ok=True)
+
     def close(self) -> None:
         if self._chunks is not None:
             self._chunks.close()

@@ -144,6 +144,9 @@ class Mover(ABC):
         what was proven by an earlier call and not written since is not read again.
         """
 
+    def forget(self) -> None:  # noqa: B027 (one that keeps to what it wrote has nothing to forget)
+        """Before another than `round` writes to the target: what is known of it holds no more, even after a crash."""
+
     def close(self) -> None:  # noqa: B027 (most have nothing to close)
         """Stop tracking, let go of files. The workdir stays."""
 

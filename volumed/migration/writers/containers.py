@@ -63,7 +63,12 @@ class ContainerWriters(Writers):
         held = []
         for (engine, identifier), places in targets.items():
             found = self._engine(engine).look(identifier)
-            if found is not None and found.status in RUNNING | {"paused"}:
+            if found is not None and found.status not in RUNNING | {"paused"}:
+                raise InUse(
+                    f"is {found.status} and holds the volume: it is about to start, or to end, or files are copied",
+                    subject=f"container {found.name}",
+                )
+            if found is not None:
                 held.append(
                     Held(
                         engine=engine,
