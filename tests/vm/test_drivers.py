@@ -10,7 +10,9 @@ from volumed.units import GIB
 pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.timeout(900)]
 
 
-@pytest.mark.parametrize("suite", ["test_lvm.py", "test_directory_quota.py", "test_nfs.py", "test_nfs_quota.py"])
+@pytest.mark.parametrize(
+    "suite", ["test_lvm.py", "test_directory_quota.py", "test_iscsi.py", "test_nfs.py", "test_nfs_quota.py"]
+)
 def test_in_the_machine(guest: Machine, suite: str) -> None:
     disk = guest.plug("storage", size=2 * GIB)
     told = guest.run(
