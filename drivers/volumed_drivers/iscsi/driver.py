@@ -219,10 +219,12 @@ class IscsiDriver(BlockDriver, SupportsExpand, SupportsImport):
         path = self.host.wait_for_device(
             *({"ID_PATH": f"ip-{portal}-iscsi-{iqn}-lun-{lun}"} for portal in self._portals), timeout=DEVICE_TIMEOUT
         )
-        return self._multipath_over(path) if self._options.multipath else path
+        if self._options.multipath:
+            self._wait_for_multipath(path)
+        return _over(self._sessions.paths(iqn, lun)) or path
 
-    def _multipath_over(self, path: Path) -> Path:
-        """The device that multipathd makes of the paths: by the identity that udev and it read from the LUN."""
+    def _wait_for_multipath(self, path: Path) -> None:
+        """For the device that multipathd makes of the paths: by the identity that udev and it read from the LUN."""
         told = self.host.run(["udevadm", "info", "--query=property", f"--name={path}"]).stdout
         serial = next((line.partition("=")[2] for line in told.splitlines() if line.startswith("ID_SERIAL=")), "")
         try:
@@ -232,7 +234,7 @@ class IscsiDriver(BlockDriver, SupportsExpand, SupportsImport):
             raise HostError(
                 f"multipath does not take it: {error.text}", subject=f"device {path}", hint="does multipathd run?"
             ) from None
-        return self.host.wait_for_device({"DM_UUID": f"mpath-{serial}"}, timeout=DEVICE_TIMEOUT)
+        self.host.wait_for_device({"DM_UUID": f"mpath-{serial}"}, timeout=DEVICE_TIMEOUT)
 
     def _check_unheld(self, device: Path) -> None:
         """Raises InUse. What udev's rules run on a device that has just come or changed is waited for."""
