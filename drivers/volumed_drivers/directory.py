@@ -2,7 +2,6 @@
 
     PATH/<volume id>/data       what containers see
     PATH/<volume id>/project    number of its XFS project, where a size is enforced
-    PATH/<volume id>/mark       what core wants to read again should the ledger be lost
     PATH/.new-..., .trash-...   one in the making, one on its way out
 
 A size is enforced by the project quota of XFS; elsewhere it is refused, never ignored.
@@ -11,7 +10,6 @@ A size is enforced by the project quota of XFS; elsewhere it is refused, never i
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import threading
@@ -40,7 +38,7 @@ from volumed.driver import (
 from volumed.errors import InvalidRequest, MountFailed, NotFound, NotSupported
 from volumed.model import Handle, VolumeId
 from volumed.testing import crash
-from volumed_drivers.folders import capacity_of, make_folder, parse_mark, stranger, strangers, sync_folder
+from volumed_drivers.folders import capacity_of, make_folder, read_mark, stranger, strangers, sync_folder, write_mark
 
 _VOLUME_ID = re.compile(r"v[0-9a-f]{32}")
 _NEW, _TRASH = ".new-", ".trash-"
@@ -109,8 +107,7 @@ class DirectoryDriver(FilesystemDriver, SupportsExpand, SupportsCapacity, Suppor
 
     def _publish(self, new: Path, folder: Path, spec: VolumeSpec) -> None:
         """Whole from one instant on; and as the last change is the parent's, one sync of it covers all before."""
-        if spec.mark:
-            (new / "mark").write_text(json.dumps(dict(spec.mark)))
+        write_mark(new, spec.mark)
         new.rename(folder)
         sync_folder(self._path)
 
@@ -163,11 +160,10 @@ class DirectoryDriver(FilesystemDriver, SupportsExpand, SupportsCapacity, Suppor
         sync_folder(self._path)
 
     def _remove_tree(self, trash: Path) -> None:
-        """An empty volume costs three system calls; a full one is left to rm(1), which knows deep and large trees,
+        """An empty volume costs two system calls; a full one is left to rm(1), which knows deep and large trees,
         other file systems mounted inside, and what else the years have taught it."""
         try:
             (trash / "data").rmdir()
-            (trash / "mark").unlink(missing_ok=True)
             trash.rmdir()
         except OSError:
             self.host.run(["rm", "-rf", "--one-file-system", "--", trash], timeout=REMOVE_TIMEOUT)
@@ -188,13 +184,9 @@ class DirectoryDriver(FilesystemDriver, SupportsExpand, SupportsCapacity, Suppor
         for name in os.listdir(self._path):  # noqa: PTH208 (names are enough)
             volume_id = name.removeprefix(_TRASH).removeprefix(_NEW)
             if _VOLUME_ID.fullmatch(volume_id):
-                yield Found(Handle(volume_id), VolumeId(volume_id), self._mark(name), whole=name == volume_id)
-
-    def _mark(self, name: str) -> dict[str, str]:
-        try:
-            return parse_mark((self._path / name / "mark").read_text())
-        except (OSError, UnicodeDecodeError):
-            return {}
+                yield Found(
+                    Handle(volume_id), VolumeId(volume_id), read_mark(self._path / name), whole=name == volume_id
+                )
 
     def find(self, volume_id: VolumeId) -> Handle | None:
         there = any((self._path / f"{prefix}{volume_id}").exists() for prefix in ("", _NEW, _TRASH))

@@ -64,12 +64,12 @@ def write_mark(path: Path | int, mark: Mapping[str, str]) -> None:
 def read_mark(path: Path) -> dict[str, str]:
     """Empty when there is none."""
     try:
-        return parse_mark(os.getxattr(path, _MARK).decode())
+        return _parsed(os.getxattr(path, _MARK).decode())
     except (OSError, UnicodeDecodeError):
         return {}
 
 
-def parse_mark(text: str) -> dict[str, str]:
+def _parsed(text: str) -> dict[str, str]:
     """Empty when it is none: half written, or somebody else's."""
     try:
         read = json.loads(text)
