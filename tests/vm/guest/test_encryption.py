@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import sh
+from tests.conftest import sh, wait_until
 from tests.crash.killing import crash_points
 from volumed.config import Settings, parse
 from volumed.core.core import Core, ledger_path
@@ -305,7 +305,7 @@ def test_killed_at(daemon: Daemon, point: str) -> None:
     daemon.stop()
     killed = killed_at(point, create)
     daemon.start()
-    assert opened() == []
+    wait_until(lambda: opened() == [] and daemon.core.repository.operations() == [])
     assert daemon.core.doctor.examine() == []
     if killed:
         assert daemon.core.repository.volumes() == []
@@ -317,7 +317,7 @@ def test_killed_at(daemon: Daemon, point: str) -> None:
     killed = killed_at(point, rotate) or killed
     assert killed, f"{point} was not passed"
     daemon.start()
-    assert daemon.core.repository.operations() == []
+    wait_until(lambda: daemon.core.repository.operations() == [])
     assert opened() == []
     daemon.core.volumes.rotate("data")
     assert (opens(daemon.image(), OLD), opens(daemon.image(), NEW)) == (False, True)
