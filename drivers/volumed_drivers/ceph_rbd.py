@@ -196,7 +196,7 @@ class CephRbdDriver(
         self._call("mark", image=spec.id, text=text)
 
     def delete(self, handle: Handle) -> None:
-        children = self._call("remove", image=handle, own=self._own(handle), timeout=LONG)
+        children = self._call("remove", image=handle, own=self._own(handle))
         crash.point("ceph-rbd.delete.removed")
         if children:
             self._empty_trash()

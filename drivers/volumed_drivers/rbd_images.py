@@ -224,12 +224,12 @@ def begin_restore(connection: Connection, *, where: Where, image: str, name: str
     with opened(connection, where, image, snapshot=name):
         pass
     without_watchers(connection, where, image, own)
-    with opened(connection, where, image, readonly=False) as found:
-        text = metadata(found, RESTORING)
-        if not text:
-            text = str(found.size())
-            found.metadata_set(RESTORING, text)
-    return int(text)
+    with opened(connection, where, image) as found:
+        text, now = metadata(found, RESTORING), str(found.size())
+    if not text:
+        with opened(connection, where, image, readonly=False) as found:
+            found.metadata_set(RESTORING, now)
+    return int(text or now)
 
 
 def roll_back(connection: Connection, *, where: Where, image: str, name: str) -> None:
