@@ -18,6 +18,7 @@ from volumed_drivers.ceph import Cluster
 
 _KEY = "volumed"
 # Seconds between looks at a copy in the making: the manager begins one every few seconds.
+_PURGING = "purge of subvolume in progress"  # EAGAIN of the manager's module `volumes`
 _SOON, _LATER = 0.2, 2.0
 CLONE_TIMEOUT = 580.0
 
@@ -135,7 +136,18 @@ class Subvolumes:
     # Copies
     def clone(self, name: str, snapshot: str, target: str) -> None:
         """Begins to fill `target`, which is not there, or has snapshots alone. Not done on return: `wait_for_clone`."""
-        self._ask_of("snapshot clone", name, snap_name=snapshot, target_sub_name=target, target_group_name=self._group)
+        words = {"snap_name": snapshot, "target_sub_name": target, "target_group_name": self._group}
+        ends, pause = time.monotonic() + context.remaining(CLONE_TIMEOUT), _SOON
+        while True:
+            try:
+                self._ask_of("snapshot clone", name, **words)
+                return
+            except BackendError as error:
+                # What the subvolume held before goes in the background, and must be gone.
+                if _PURGING not in error.text or time.monotonic() + pause > ends:
+                    raise
+            time.sleep(pause)
+            pause = min(2 * pause, _LATER)
 
     def clone_state(self, target: str) -> State | None:
         try:
