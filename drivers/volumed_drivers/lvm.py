@@ -160,8 +160,11 @@ class LvmDriver(BlockDriver, SupportsExpand, SupportsGroupSnapshots, SupportsClo
             if found.active:
                 self.host.check_unheld(self._device(Handle(reference)))
                 self._deactivate(reference)
-            stale = [word for tag in found.tags if tag.startswith(_MARK) for word in ("--deltag", tag)]
-            self._lvm("lvchange", "--setactivationskip", "n", *stale, *_tagged(spec.mark), f"{self._vg}/{reference}")
+            tags = _tagged(spec.mark)
+            # Of an attempt that was cut short. LVM deletes after it adds: one that is named in both is lost.
+            stale = [tag for tag in found.tags if tag.startswith(_MARK) and tag not in tags]
+            off = [word for tag in stale for word in ("--deltag", tag)]
+            self._lvm("lvchange", "--setactivationskip", "n", *off, *tags, f"{self._vg}/{reference}")
             crash.point("lvm.adopt.tagged")
             self._lvm("lvrename", self._vg, reference, spec.id)
         return CreatedVolume(Handle(spec.id), self._there(Handle(spec.id)).size)
