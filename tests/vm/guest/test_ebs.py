@@ -53,7 +53,7 @@ class TestEbsDriver(DriverConformance):
         _, handle = self._create(other)
         self._write(other, handle, b"old")
         disk = other._disks.current(handle)
-        other._ec2.call("delete_tags", Resources=[disk.id])
+        other._ec2.call("delete_tags", Resources=[disk.id], Tags=[{"Key": key} for key in disk.tags])
         return disk.id
 
 
