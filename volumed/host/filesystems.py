@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ from uuid import uuid4
 
 from volumed.driver import Host
 from volumed.errors import CommandFailed, HostError, IntegrityError, InvalidRequest, NotSupported
+from volumed.host.holders import is_claimed
 from volumed.units import MIB
 
 MKFS_TIMEOUT = 300.0
@@ -188,14 +187,11 @@ def has_capability(number: int) -> bool:
 
 def _claimed(device: Path) -> bool:
     """Whether it is mounted already, perhaps in a container's namespace alone: then it looks unclean because it is in
-    use, and mounting it again joins the same file system (open(2), O_EXCL on a block device)."""
+    use, and mounting it again joins the same file system."""
     try:
-        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+        return is_claimed(device)
     except OSError as error:
-        if error.errno == errno.EBUSY:
-            return True
         raise HostError(f"cannot be opened: {error.strerror}", subject=str(device)) from None
-    return False
 
 
 def _not_here(kind: Filesystem, device: Path) -> IntegrityError:

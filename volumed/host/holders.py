@@ -45,18 +45,27 @@ def check_device(device: Path, mounts: Sequence[MountEntry], *, server: int = 0)
         time.sleep(0.02)
 
 
+def is_claimed(device: Path) -> bool:
+    """Whether a mount, swap or a device made of it has it, in any namespace (open(2), O_EXCL on a block device). Raises
+    OSError when it cannot be opened at all."""
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            return True
+        raise
+    return False
+
+
 def _holders_of_device(device: Path, mounts: Sequence[MountEntry], server: int) -> list[str]:
-    """An exclusive open tells of mounts, swap and devices made of it, in every namespace; /proc of the rest."""
-    exclusively = False
+    """A claim tells of mounts, swap and devices made of it; /proc of the rest."""
     try:
         number = device.stat().st_rdev
-        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+        exclusively = is_claimed(device)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
             return []
-        if error.errno != errno.EBUSY:
-            raise HostError(f"cannot be opened: {error.strerror}", subject=f"device {device}") from None
-        exclusively = True
+        raise HostError(f"cannot be opened: {error.strerror}", subject=f"device {device}") from None
     code, node = f"{os.major(number)}:{os.minor(number)}", str(device.resolve())
     found = [f"the mount at {entry.target}" for entry in mounts if code == entry.device or node == entry.source]
     folder = Path("/sys/dev/block", code, "holders")

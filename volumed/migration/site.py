@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from volumed.core.mounts import describe_each
 from volumed.core.presence import Observed
 from volumed.driver import BlockDriver
 from volumed.errors import InUse, NotFound, VolumedError
-from volumed.host.holders import holders_of_mount
+from volumed.host.holders import holders_of_mount, is_claimed
 from volumed.migration.places import OtherPlace, at, device_of, source_and_target
 from volumed.model import Binding, Engine, Migration, MovePath, Volume, now
 from volumed.testing import crash
@@ -135,15 +134,17 @@ class Site:
     @staticmethod
     def _check_let_go(volume: Volume, device: Path) -> None:
         """A file system that is mounted anywhere, be it in a container's namespace alone, may have written what has not
-        reached the device. The kernel keeps such a device from whoever wants it for itself (open(2), O_EXCL)."""
+        reached the device."""
         try:
-            os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
+            reason = "by a mount" if is_claimed(device) else ""
         except OSError as error:
+            reason = error.strerror or str(error)
+        if reason:
             raise Busy(
-                f"its device is still held: {error.strerror}",
+                f"its device is still held: {reason}",
                 subject=f"volume {volume.name}",
                 hint="something has its file system mounted outside of volumed's knowledge",
-            ) from None
+            )
 
     def show_new_place(self) -> None:
         """At the volume's path on this node: what its record says now, and only if anybody holds it."""
