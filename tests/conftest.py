@@ -44,11 +44,11 @@ def _unproven() -> tuple[str, ...]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What is unproven is deselected, which pytest counts and says, or run alone. Run by nobody but root, a test that
     needs root would prove nothing: it fails instead of being left out."""
-    wanted = "VOLUMED_UNPROVEN" in os.environ
-    left_out = [item for item in items if item.nodeid.startswith(_unproven()) is not wanted]
+    unproven, wanted = _unproven(), "VOLUMED_UNPROVEN" in os.environ
+    left_out = [item for item in items if item.nodeid.startswith(unproven) is not wanted]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+        items[:] = [item for item in items if item.nodeid.startswith(unproven) is wanted]
     for item in items:
         if item.get_closest_marker("root") and os.geteuid() != 0:
             item.add_marker(pytest.mark.xfail(reason="needs root", run=False, strict=True))
