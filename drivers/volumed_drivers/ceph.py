@@ -54,7 +54,7 @@ _FOLDERS = (
 )
 
 
-def load(name: Literal["rados", "rbd", "cephfs"]) -> ModuleType:
+def load(name: Literal["rados", "rbd"]) -> ModuleType:
     """The module; loads the C libraries, so only where they are needed. Raises ConfigError naming the package."""
     if name != "rados":
         load("rados")  # the others import it by its name
