@@ -30,6 +30,8 @@ ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "vm"
 IMAGE_FILES = ("image/build", "image/agent.py")
 MEMORY = 1024  # MiB
+# What runs in the guest finds ours.
+SOURCES = {"PYTHONPATH": "/root/volumed:/root/volumed/drivers", "PYTHONDONTWRITEBYTECODE": "1"}
 APPEND = (
     "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off nokaslr audit=0 apparmor=0 no_timer_check tsc=reliable "
     "random.trust_cpu=1 cryptomgr.notests systemd.firstboot=off rcupdate.rcu_expedited=1 nowatchdog "
@@ -284,6 +286,21 @@ class Machine:
         )
         self.put("/root/plugin.py", (ROOT / "tests/vm/guest/plugin.py").read_bytes())
         self.sh("sync")  # for a test that cuts the power
+
+    def run_suite(self, name: str, *words: str, timeout: float, **environment: str) -> None:
+        """tests/vm/guest/NAME under pytest, in the sources that `put_sources` brought; what fails in it fails the
+        test. `words`: more for pytest."""
+        top = "/root/volumed"
+        told = self.run(
+            *("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--confcutdir={top}"),
+            *("-c", f"{top}/pyproject.toml", f"--rootdir={top}", *words, f"{top}/tests/vm/guest/{name}"),
+            timeout=timeout,
+            **SOURCES,
+            **environment,
+        )
+        print(told.text)
+        assert told.status == 0
+        assert " passed" in told.text
 
     def plugin(self, endpoint: str, **fields: Any) -> dict[str, Any]:
         """A request as dockerd sends it."""

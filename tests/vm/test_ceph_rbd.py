@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness.ceph import POOL, Ceph, address_for_guests, ceph_cluster
-from tests.vm.machine import Machine
+from tests.vm.machine import SOURCES, Machine
 from volumed.driver import VolumeSpec
 from volumed.errors import InUse
 from volumed.host.linux import LinuxHost
@@ -17,7 +17,6 @@ from volumed.model import Handle, VolumeMode, new_volume_id
 from volumed.units import MIB
 from volumed_drivers.ceph_rbd import CephRbdDriver, RbdOptions, RbdVolumeOptions
 
-SOURCES = {"PYTHONPATH": "/root/volumed:/root/volumed/drivers", "PYTHONDONTWRITEBYTECODE": "1"}
 pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.timeout(1200)]
 
 
@@ -74,15 +73,5 @@ DEVICES = "a_device or devices or restart or grows or key or way or room"
 
 @pytest.mark.parametrize(("method", "chosen"), [("auto", ""), ("nbd", DEVICES)])
 def test_in_the_machine(node: Machine, reachable: Ceph, method: str, chosen: str) -> None:
-    told = node.run(
-        *("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--confcutdir=/root/volumed"),
-        *("-c", "/root/volumed/pyproject.toml", "--rootdir=/root/volumed", "--timeout=600"),
-        *("-k", chosen, "/root/volumed/tests/vm/guest/test_ceph_rbd.py"),
-        timeout=1100,
-        VOLUMED_MONITORS=reachable.monitors,
-        VOLUMED_MAP_WITH=method,
-        **SOURCES,
-    )
-    print(told.text)
-    assert told.status == 0
-    assert " passed" in told.text
+    told = {"VOLUMED_MONITORS": reachable.monitors, "VOLUMED_MAP_WITH": method}
+    node.run_suite("test_ceph_rbd.py", "--timeout=600", "-k", chosen, timeout=1100, **told)
