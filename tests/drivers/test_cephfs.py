@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -16,6 +15,7 @@ import pytest
 
 from tests.conftest import wait_until
 from tests.harness.ceph import FILESYSTEM, Ceph
+from tests.harness.tree_drivers import client_pid, create, mounted, nothing_left
 from tests.harness.trees import not_held
 from volumed.driver import VolumeSpec
 from volumed.errors import (
@@ -28,7 +28,7 @@ from volumed.errors import (
     PermissionDenied,
 )
 from volumed.host.linux import LinuxHost
-from volumed.model import Handle, VolumeMode, new_volume_id
+from volumed.model import VolumeMode, new_volume_id
 from volumed.testing import crash
 from volumed.testing.conformance import DriverConformance, MakeDriver
 from volumed.units import MIB
@@ -76,37 +76,10 @@ def driver(make_cephfs: MakeCephFs) -> CephFsDriver:
     return made
 
 
-def create(driver: CephFsDriver, size: int | None = None) -> Handle:
-    return driver.create(VolumeSpec(new_volume_id(), size, VolumeMode.FILESYSTEM, driver.VolumeOptions())).handle
-
-
-@contextlib.contextmanager
-def mounted(driver: CephFsDriver, handle: Handle, target: Path) -> Iterator[Path]:
-    target.mkdir(exist_ok=True)
-    driver.mount(handle, target, options=(), readonly=False)
-    try:
-        yield target
-    finally:
-        driver.unmount(handle, target)
-
-
-def client_pid(handle: Handle) -> int:
-    (helper,) = LinuxHost().helpers(f"cephfs-{handle}-")
-    assert helper.running
-    return helper.pid
-
-
 @pytest.fixture(autouse=True)
 def _nothing_left() -> Iterator[None]:
-    """No client and no key outlives a test."""
-    yield
-    folder = LinuxHost().private_folder("cephfs-none")
-    folder.rmdir()
-    kept = list(folder.parent.glob("cephfs-*"))
-    left = LinuxHost().helpers("cephfs-")
-    for helper in left:
-        LinuxHost().stop_helper(helper.name)
-    assert (list(left), kept) == ([], [])
+    with nothing_left("cephfs"):
+        yield
 
 
 def test_it_holds_what_it_says_and_no_more(driver: CephFsDriver, tmp_path: Path) -> None:
@@ -158,7 +131,7 @@ def test_the_key_is_in_no_command_line_environment_or_file(driver: CephFsDriver,
     handle = create(driver)
     with mounted(driver, handle, tmp_path / "at"):
         for name in ("cmdline", "environ"):
-            assert secret.encode() not in Path(f"/proc/{client_pid(handle)}/{name}").read_bytes()
+            assert secret.encode() not in Path(f"/proc/{client_pid(driver, 'cephfs', handle)}/{name}").read_bytes()
         assert subprocess.run(["grep", "-rqsF", secret, "/run/volumed"], check=False).returncode == 1
 
 
@@ -220,7 +193,7 @@ def test_a_client_that_died_is_seen_and_replaced(driver: CephFsDriver, tmp_path:
             file.write("kept")
             file.flush()
             os.fsync(file.fileno())
-        os.kill(client_pid(handle), signal.SIGKILL)
+        os.kill(client_pid(driver, "cephfs", handle), signal.SIGKILL)
         wait_until(lambda: error_of(target) == errno.ENOTCONN)
         assert driver.owns_mount(handle, target)
         driver.unmount(handle, target)

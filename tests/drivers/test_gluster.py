@@ -13,7 +13,8 @@ import pytest
 
 from tests.conftest import wait_until
 from tests.harness.gluster import Gluster, running_gluster
-from volumed.driver import Capability, VolumeSpec
+from tests.harness.tree_drivers import create
+from volumed.driver import Capability
 from volumed.errors import (
     BackendUnavailable,
     ConfigError,
@@ -24,7 +25,6 @@ from volumed.errors import (
     VolumedError,
 )
 from volumed.host.linux import LinuxHost
-from volumed.model import Handle, VolumeMode, new_volume_id
 from volumed.testing.conformance import DriverConformance, MakeDriver
 from volumed.units import MIB
 from volumed_drivers.gluster import GlusterDriver, GlusterOptions
@@ -78,10 +78,6 @@ def target(tmp_path: Path) -> Path:
     made = tmp_path / "mounted"
     made.mkdir()
     return made
-
-
-def create(driver: GlusterDriver, size: int | None = None) -> Handle:
-    return driver.create(VolumeSpec(new_volume_id(), size, VolumeMode.FILESYSTEM, driver.VolumeOptions())).handle
 
 
 class TestGlusterDriver(DriverConformance):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -22,9 +21,10 @@ from pydantic import ValidationError
 from tests.conftest import sh, wait_until
 from tests.harness.ceph import Ceph, S3User
 from tests.harness.s3 import Server, certificate, free_port, moto_server, options
+from tests.harness.tree_drivers import client_pid, create, mounted, nothing_left
 from tests.harness.trees import not_held
 from volumed import context
-from volumed.driver import Capability, VolumeSpec
+from volumed.driver import Capability
 from volumed.errors import (
     BackendError,
     BackendUnavailable,
@@ -36,7 +36,7 @@ from volumed.errors import (
     PermissionDenied,
 )
 from volumed.host.linux import LinuxHost
-from volumed.model import Handle, VolumeId, VolumeMode, new_volume_id
+from volumed.model import Handle, VolumeId, new_volume_id
 from volumed.testing.conformance import DriverConformance, MakeDriver
 from volumed.units import MIB
 from volumed_drivers.s3 import S3Driver, S3Options
@@ -115,15 +115,8 @@ class TestPrefixesOnRadosGateway(DriverConformance):
 
 @pytest.fixture(autouse=True)
 def _nothing_left() -> Iterator[None]:
-    """No client, key or private mount outlives a test."""
-    yield
-    left = LinuxHost().helpers("s3-")
-    folder = LinuxHost().private_folder("s3-none")
-    folder.rmdir()
-    kept = list(folder.parent.glob("s3-*"))
-    for helper in left:
-        LinuxHost().stop_helper(helper.name)
-    assert (left, kept) == ([], [])
+    with nothing_left("s3"):
+        yield
 
 
 @pytest.fixture
@@ -138,26 +131,6 @@ def sized(gateway: tuple[str, S3User], tmp_path: Path) -> S3Driver:
     made = driver_of(real(tmp_path, gateway))
     made.probe()
     return made
-
-
-def create(driver: S3Driver, size: int | None = None) -> Handle:
-    return driver.create(VolumeSpec(new_volume_id(), size, VolumeMode.FILESYSTEM, driver.VolumeOptions())).handle
-
-
-@contextlib.contextmanager
-def mounted(driver: S3Driver, handle: Handle, target: Path) -> Iterator[Path]:
-    target.mkdir(exist_ok=True)
-    driver.mount(handle, target, options=(), readonly=False)
-    try:
-        yield target
-    finally:
-        driver.unmount(handle, target)
-
-
-def client_pid(handle: Handle) -> int:
-    (helper,) = LinuxHost().helpers(f"s3-{handle}-")
-    assert helper.running
-    return helper.pid
 
 
 # What it holds, and what not
@@ -303,7 +276,7 @@ def test_buckets_of_others_are_neither_listed_nor_touched(driver: S3Driver, moto
 def test_keys_are_in_no_command_line_environment_file_or_log(driver: S3Driver, tmp_path: Path) -> None:
     handle = create(driver)
     with mounted(driver, handle, tmp_path / "at"):
-        pid = client_pid(handle)
+        pid = client_pid(driver, "s3", handle)
         for name in ("cmdline", "environ"):
             assert b"secret-key-1" not in Path(f"/proc/{pid}/{name}").read_bytes()
         found = subprocess.run(["grep", "-rqs", "secret-key-1", "/run/volumed"], check=False)
@@ -442,10 +415,10 @@ def error_of(target: Path) -> int:
 def test_a_restarted_daemon_finds_the_client_again(driver: S3Driver, tmp_path: Path) -> None:
     handle = create(driver)
     with mounted(driver, handle, tmp_path / "at") as tree:
-        pid = client_pid(handle)
+        pid = client_pid(driver, "s3", handle)
         again = driver_of(driver._options)
         assert again.owns_mount(handle, tree)
-        assert client_pid(handle) == pid
+        assert client_pid(driver, "s3", handle) == pid
         again.unmount(handle, tree)
         assert LinuxHost().helpers(f"s3-{handle}") == []
 
@@ -455,7 +428,7 @@ def test_a_client_that_died_is_seen_and_replaced(driver: S3Driver, tmp_path: Pat
     target = tmp_path / "at"
     with mounted(driver, handle, target) as tree:
         (tree / "file").write_text("kept")
-        os.kill(client_pid(handle), signal.SIGKILL)
+        os.kill(client_pid(driver, "s3", handle), signal.SIGKILL)
         wait_until(lambda: error_of(target) == errno.ENOTCONN)
         driver.unmount(handle, target)
         driver.mount(handle, target, options=(), readonly=False)

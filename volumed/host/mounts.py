@@ -12,6 +12,7 @@ import re
 import select
 import stat
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -196,8 +197,13 @@ class MountTable:
         self._path = path
         self._lock = threading.Lock()
         self._entries: list[MountEntry] | None = None
-        self._reader = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._watcher = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # each descriptor is told of each change once
+        self._reader = self._open()
+        self._watcher = self._open()  # each descriptor is told of each change once
+
+    def _open(self) -> int:
+        descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
 
     def entries(self) -> Sequence[MountEntry]:
         with self._lock:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import sh, wait_until
+from tests.harness.tree_drivers import create
 from tests.vm.guest.nfs_server import TOP, NfsServer
 from volumed import context
 from volumed.driver import Capability, VolumeSpec
@@ -58,10 +59,6 @@ def _nothing_between_tests(server: NfsServer) -> Iterator[None]:
     for found in list(driver.list()):
         driver.delete(found.handle)
     assert list((TOP / "plain").iterdir()) == []
-
-
-def create(driver: NfsDriver, size: int | None = None) -> Handle:
-    return driver.create(VolumeSpec(new_volume_id(), size, VolumeMode.FILESYSTEM, driver.VolumeOptions())).handle
 
 
 @pytest.fixture

@@ -111,10 +111,11 @@ class Session:
 
     def _lines(self) -> list[bytes]:
         assert self._process.stdout is not None
-        descriptor = self._process.stdout.fileno()
-        if not select.select([descriptor], [], [], POLL)[0]:
+        poll = select.poll()  # select() knows no descriptor above 1023
+        poll.register(self._process.stdout, select.POLLIN)
+        if not poll.poll(POLL * 1000):
             return []
-        read = os.read(descriptor, _LINE)
+        read = os.read(self._process.stdout.fileno(), _LINE)
         if not read:
             raise self._died()
         *lines, self._buffer = (self._buffer + read).split(b"\n")
