@@ -72,9 +72,11 @@ class Subvolumes:
             raise
         except BackendError:  # EAGAIN while it is being filled
             state = self.clone_state(name)
-            if state in (None, State.COMPLETE):
+            if state is None:
                 raise
-            return Subvolume(state)
+            if state is not State.COMPLETE:
+                return Subvolume(state)
+            info = self._ask_of("info", name)  # it has been filled meanwhile
         if info["state"] == State.RETAINED:
             return Subvolume(State.RETAINED)
         quota = info["bytes_quota"]
