@@ -21,6 +21,7 @@ from volumed.cli.output import Output, clean
 from volumed.cli.session import Session
 from volumed.cli.snapshots import snapshot
 from volumed.cli.takeover import takeover
+from volumed.cli.verification import verify
 from volumed.cli.volumes import clone, create, df, expand, inspect, ls, rm
 
 
@@ -41,7 +42,7 @@ def cli(context: click.Context, socket: Path, output: str) -> None:
 
 for command in (
     *(create, import_, clone, ls, inspect, df, expand, rm),
-    *(snapshot, migrate, migration, who, what, ps, takeover),
+    *(snapshot, migrate, migration, verify, who, what, ps, takeover),
     *(encryption, backend, placement_class, driver, events, doctor, version, completion),
 ):
     cli.add_command(command)

@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,17 @@ class Output:
         progress.add_task(clean(text), total=None)
         with _shown_late(progress):
             yield
+
+    @contextlib.contextmanager
+    def counting(self, text: str) -> Iterator[Callable[[str, int], None]]:
+        """As `waiting`, with what is done and how many bytes it came to."""
+        if not sys.stderr.isatty():
+            yield lambda step, done: None
+            return
+        progress = _progress("{task.description}", elapsed=True)
+        task = progress.add_task(clean(text), total=None)
+        with _shown_late(progress):
+            yield lambda step, done: progress.update(task, description=clean(f"{text}: {step}, {format_size(done)}"))
 
     def each(self, items: Sequence[Any], text: str) -> Iterator[Any]:
         """The items, with a bar of how many are done."""

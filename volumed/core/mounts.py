@@ -199,6 +199,8 @@ class Mounts:
             transaction.delete(binding)
             if not binding.staging:
                 transaction.put(ended(binding, volume, reason=reason))
+            elif volume is not None:
+                transaction.touch(volume.id)  # no history tells that it was mounted
         crash.point("unmount.unbound")
         if volume is not None:
             self.settle(volume, self._backends.get(volume.backend))

@@ -207,6 +207,7 @@ class Snapshots:
                     with self._repository.transaction() as transaction:
                         transaction.put(volume)
                         transaction.put(operation)
+                        transaction.touch(volume.id, rewritten=True)
                     crash.point("snapshot-restore.recorded")
                     self._provision.restore(volume, backend, current)
                     volume = msgspec.structs.replace(volume, state=VolumeState.READY)

@@ -321,6 +321,7 @@ class Volumes:
             with self._journal.recorded(OperationKind.EXPAND, volume, size=size) as operation:
                 with self._repository.transaction() as transaction:
                     transaction.put(operation)
+                    transaction.touch(volume.id)
                 crash.point("expand.recorded")
                 grown = self._provision.expand(volume, backend, size)
                 crash.point("expand.grown")

@@ -37,7 +37,7 @@ class Inspection:
         path, rejected = planner.choose_path(volume, source, target, in_use=bool(others), wish=wish)
         census = None
         if path is MovePath.TREE:
-            with self._tree_of(volume) as root:
+            with self.tree_of(volume) as root:
                 census = take_census(root)
         place = planner.shape_of(volume, target, wish, census)
         amount = census.bytes if census else self._allocated(volume)
@@ -72,7 +72,7 @@ class Inspection:
         )
 
     @contextlib.contextmanager
-    def _tree_of(self, volume: Volume) -> Iterator[Path]:
+    def tree_of(self, volume: Volume) -> Iterator[Path]:
         """Mounted, without the lock being held: whoever wants to use the volume meanwhile does. Our own hold keeps it
         mounted for as long as we look, and is cleared away after a crash as that of no move."""
         core, backend = self._core, self._core.backends.get(volume.backend)
@@ -87,6 +87,8 @@ class Inspection:
 
         def take() -> Path:
             with core.locks.hold(volume.id):
+                with core.repository.transaction() as transaction:
+                    transaction.touch(volume.id)
                 return core.mounts.take(volume, backend, look)
 
         path = backend.call(take)

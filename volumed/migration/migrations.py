@@ -23,6 +23,7 @@ from volumed.migration.planner import Plan, Wish
 from volumed.migration.records import Records
 from volumed.migration.site import Site
 from volumed.migration.undo import Undo, refuse_second
+from volumed.migration.verification import Verifications
 from volumed.model import Engine, Migration, MigrationPhase, Volume, VolumeState, new_migration_id, now
 from volumed.testing import crash
 
@@ -55,6 +56,7 @@ class Migrations:
         self._inspection = Inspection(core)
         self._undo = Undo(core, self._records)
         self.copies = Copies(core)
+        self.verifications = Verifications(core, self._records)
         self._stop_writers = stop_writers
         self._guard = threading.Lock()
         self._running: dict[str, tuple[threading.Thread, Control]] = {}
@@ -201,6 +203,7 @@ class Migrations:
         """Before the machine is brought to what the ledger says: holds of moves that are over go, and a volume whose
         move had passed its commit point is shown at its new place."""
         self.copies.forget()
+        self.verifications.forget()
         known = {migration.id: migration for migration in self.all() if not migration.phase.ended}
         for held in self._core.repository.bindings(node=self._core.node):
             move = known.get(held.mount_id)  # type: ignore[call-overload]

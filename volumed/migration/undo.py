@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import msgspec
 
 from volumed.core.core import Core
@@ -27,24 +29,12 @@ class Undo:
             )
         return volume
 
-    def _users_since(self, migration: Migration, volume: Volume) -> list[str]:
-        moved = next(when for phase, when in migration.phases if phase is MigrationPhase.CUTOVER)
-        there = [line for held in self._core.repository.bindings(volume.id) for line in describe_each(held)]
-        gone = [
-            consumer.name or consumer.id[:12]
-            for ended in self._core.repository.history(volume.id)
-            if ended.until > moved
-            for consumer in ended.consumers
-        ]
-        ended = [held for held in self._core.repository.history(volume.id) if held.until > moved]
-        return list(dict.fromkeys([*there, *gone])) or [f"{held.engine}" for held in ended]
-
     def switch_back(self, migration: Migration, *, discard: bool) -> Migration:
         """The commit point of an undo: from here on the target is what goes."""
         core = self._core
         with core.locks.hold(migration.volume_id):
             volume = self._volume(migration)
-            users = self._users_since(migration, volume)
+            users = users_since(core.repository, volume, moved_at(migration))
             if users and not discard:
                 raise PreconditionFailed(
                     f"was used since the move, and what was written would be lost: {', '.join(users)}",
@@ -109,6 +99,19 @@ class Undo:
             begun = self._records.begin(back, supersede)
         crash.point("migrate.planned-back")
         return begun
+
+
+def moved_at(migration: Migration) -> datetime:
+    """When it passed its commit point."""
+    return next(when for phase, when in migration.phases if phase is MigrationPhase.CUTOVER)
+
+
+def users_since(repository: Repository, volume: Volume, moment: datetime) -> list[str]:
+    """Who holds it, or did at some time after the moment, for people."""
+    there = [line for held in repository.bindings(volume.id) for line in describe_each(held)]
+    ended = [held for held in repository.history(volume.id) if held.until > moment]
+    gone = [consumer.name or consumer.id[:12] for held in ended for consumer in held.consumers]
+    return list(dict.fromkeys([*there, *gone])) or [f"{held.engine}" for held in ended]
 
 
 def refuse_second(repository: Repository, volume: Volume) -> None:

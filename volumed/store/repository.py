@@ -19,6 +19,8 @@
     migrating/<volume>                             the id of its move, up to the commit point
     places/<id on storage>                         the id of the move that holds it: its target, later its source
     disturbed/<volume>                             somebody mounted it while it was copied as blocks
+    touched/<volume>                               when volumed itself last mounted it for a look, or grew it
+    rewritten/<volume>                             when it was last put back to a snapshot or a backup
 
 What people name is quoted in keys, so a name with a slash stays one segment.
 """
@@ -28,7 +30,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
@@ -160,8 +162,14 @@ class Transaction:
         """Whatever copies the volume's blocks must look at all of them again."""
         self.puts[f"disturbed/{volume_id}"] = b""
 
+    def touch(self, volume_id: VolumeId, *, rewritten: bool = False) -> None:
+        """Its blocks are not what they were, by volumed's own doing; `rewritten`: nor are its files."""
+        self.puts[f"{'rewritten' if rewritten else 'touched'}/{volume_id}"] = datetime.now(UTC).isoformat().encode()
+
     def delete(self, record: Record) -> None:
         key = _key(record)
+        if isinstance(record, Volume):
+            self.deletes += [f"touched/{record.id}", f"rewritten/{record.id}"]
         self.expect[key] = record.revision
         self.deletes += [key, *_index(record)]
 
@@ -243,6 +251,11 @@ class Repository:
         """Another number after each mount of it while it is moved; 0 when there was none."""
         entry = self.store.get(f"disturbed/{volume_id}")
         return entry.revision if entry else 0
+
+    def touched(self, volume_id: VolumeId, *, rewritten: bool = False) -> datetime | None:
+        """See `Transaction.touch`."""
+        entry = self.store.get(f"{'rewritten' if rewritten else 'touched'}/{volume_id}")
+        return datetime.fromisoformat(entry.value.decode()) if entry else None
 
     def calm(self, volume_id: VolumeId) -> None:
         self.store.commit(delete=[f"disturbed/{volume_id}"])

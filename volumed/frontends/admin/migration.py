@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field
 
 from volumed.errors import InvalidRequest
 from volumed.frontends.admin.schemas import Body, Size, View, VolumeView
+from volumed.frontends.admin.verification import verification_router
 from volumed.migration.migrations import Migrations
 from volumed.migration.planner import Wish
 from volumed.model import Migration, MigrationPhase, MovePath
@@ -148,7 +149,7 @@ class MigrationView(View):
 
 
 def migration_routers(migrations: Migrations) -> list[APIRouter]:
-    return [_begin(migrations), _moves(migrations)]
+    return [_begin(migrations), _moves(migrations), verification_router(migrations)]
 
 
 def _view(migrations: Migrations, migration: Migration) -> MigrationView:

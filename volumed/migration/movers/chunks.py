@@ -45,6 +45,15 @@ class Chunks:
             self._file.flush()
         self._map = mmap.mmap(self._file.fileno(), length)
 
+    @classmethod
+    def kept(cls, path: Path) -> Chunks:
+        """Of a copy that was finished, and on stable storage: what it says holds after another boot, too."""
+        with path.open("r+b") as opened:
+            _, size, _, _ = _HEADER.unpack(opened.read(_HEADER.size))
+            opened.seek(0)
+            opened.write(_HEADER.pack(_MAGIC, size, CHUNK, _BOOT_ID.read_text().strip().encode()))
+        return cls(path, size)
+
     def length(self, number: int) -> int:
         return min(CHUNK, self.size - number * CHUNK)
 

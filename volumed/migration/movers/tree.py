@@ -7,10 +7,23 @@ import time
 from pathlib import Path
 
 from volumed.migration.movers.mover import Control, Estimate, Mover, Round, Verified
+from volumed.migration.tree import reading
 from volumed.migration.tree.session import Session
 
 # Of a file that changed: what the next round is expected to read. Sizes are known only by looking.
 _GUESS = 64 << 10
+MOST_DIFFERENCES = 100
+
+
+def differences(before: Path, after: Path, *, losses: frozenset[str] = frozenset()) -> list[str]:
+    """What the second of two workdirs knows otherwise than the first, for people, at most a hundred."""
+    found = reading.differences(before / "tree.db", after / "tree.db", losses=losses, most=MOST_DIFFERENCES)
+    return [f"{ascii(path)[1:-1] or '.'} {text}" for path, text in found]
+
+
+def digest(workdir: Path) -> str:
+    """Of all that a finished copy knows."""
+    return reading.digest(workdir / "tree.db")
 
 
 class TreeMover(Mover):
@@ -49,6 +62,11 @@ class TreeMover(Mover):
             bytes=told["bytes"],
             files=told["files"],
         )
+
+    def read(self, control: Control) -> Verified:
+        """All of the source, past every cache, into a workdir that knew nothing; the target is not looked at."""
+        told = self._child().order("read", control)
+        return Verified(digest=told["digest"], bytes=told["bytes"], files=told["files"])
 
     def close(self) -> None:
         if self._session is not None:

@@ -21,6 +21,7 @@ from volumed.migration.tree import posix
 from volumed.migration.tree.entries import Tree
 from volumed.migration.tree.manifest import Manifest
 from volumed.migration.tree.pool import Pool, Stopped
+from volumed.migration.tree.reading import walk
 from volumed.migration.tree.rounds import Rounds, count
 from volumed.migration.tree.tracking import Tracker, Untrackable, is_local, mapped_files
 from volumed.migration.tree.worker import Failure
@@ -125,6 +126,17 @@ class Child:
             "bytes": size,
             "read": self._pool.shared.done() - begun,
         }
+
+    def _do_read(self) -> dict[str, Any]:
+        """All of the source, from its storage, into a manifest that knew nothing."""
+        posix.sync_filesystem(self._source.root)  # what is not on storage yet is read from memory
+        jobs = (("read", job) for job in walk(self._source.root))
+        for found in self._pool.run(jobs, self._ticked_idly):
+            self._rounds.looked += len(found)
+            self._manifest.put_new(found)
+        self._manifest.commit()
+        files, size = self._manifest.totals()
+        return {"digest": self._manifest.digest(), "files": files, "bytes": size}
 
     def _do_pending(self) -> int | None:
         return None if self._tracker is None else self._tracker.pending()

@@ -179,6 +179,11 @@ class Manifest:
         ((entries, size),) = self._rows("SELECT count(*), coalesce(sum(size), 0) FROM entry")
         return entries, size
 
+    def in_order(self) -> Iterator[Entry]:
+        """All entries by their paths, as bytes."""
+        for row in self._connection.execute(f"SELECT {_COLUMNS} FROM entry ORDER BY path"):  # noqa: S608
+            yield _entry(row)
+
     def digest(self) -> str:
         """Of everything that must agree, by path; inodes and change times are a matter of one side."""
         whole = blake3()

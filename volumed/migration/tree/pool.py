@@ -19,6 +19,7 @@ from typing import Any
 from volumed.migration.tree import posix
 from volumed.migration.tree.content import Gate
 from volumed.migration.tree.entries import Tree
+from volumed.migration.tree.reading import Reader
 from volumed.migration.tree.worker import Failure, Worker
 
 TICK = 0.05  # seconds
@@ -84,7 +85,7 @@ class Pool:
             if os.fork() == 0:
                 for other in (ours, *self._connections):
                     other.close()
-                _serve(theirs, Worker(source, target, self.shared.gate(number)))
+                _serve(theirs, Reader(source, target, self.shared.gate(number)))
             theirs.close()
             self._connections.append(ours)
 
