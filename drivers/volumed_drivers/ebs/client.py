@@ -2,8 +2,8 @@
 callers share.
 
 Throttled calls are repeated by boto3 ("adaptive": a token bucket on our side, with jitter). What EC2 bills a caller's
-patience for most is Describe: so whoever asks while a call is on its way shares the next one, and no more than three go
-out in any second, however many wait.
+patience for most is Describe: so whoever asks while a call is on its way shares the next one, and no more than three
+arrive there in any second, however many wait and however long a call is on its way.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import http.client
+import queue
 import random
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -98,7 +98,8 @@ class Ec2:
         self._making = threading.Lock()
         self._client: Any = None
         self._made_of: tuple[str, ...] = ()
-        self._gate = Gate(DESCRIBES_PER_SECOND, 1.15)  # for EC2 they may arrive closer together than they were let go
+        self._gate = Gate(DESCRIBES_PER_SECOND, 1.0)
+        self._turn = threading.local()
 
     @functools.cached_property
     def metadata(self) -> Metadata:
@@ -112,6 +113,7 @@ class Ec2:
         """One call of the API. Raises our errors, with EC2's code in `ec2_code`."""
         client = self._connected()
         from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError  # noqa: PLC0415
+        from botocore.parsers import ResponseParserError  # noqa: PLC0415
 
         try:
             answer: Item = getattr(client, operation)(**parameters)
@@ -123,7 +125,7 @@ class Ec2:
                 subject=self._subject,
                 hint="give the instance a role, or set access-key and secret-key",
             ) from None
-        except BotoCoreError as error:
+        except (BotoCoreError, ResponseParserError) as error:
             raise BackendUnavailable(f"EC2 does not answer: {error}", subject=self._subject) from None
         return answer
 
@@ -131,12 +133,26 @@ class Ec2:
         """All pages of a Describe call."""
         found: list[Item] = []
         while True:
-            self._gate.pass_through()
-            answer = self.call(operation, **parameters)
+            try:
+                answer = self.call(operation, **parameters)
+            finally:
+                self._leave_gate()
             found += answer[items]
             if not answer.get("NextToken"):
                 return found
             parameters["NextToken"] = answer["NextToken"]
+
+    def _enter_gate(self, event_name: str, **_: Any) -> None:
+        """Before each attempt, of which boto3 may make several for one call."""
+        if event_name.rpartition(".")[2].startswith("Describe"):
+            self._leave_gate()
+            self._gate.enter(context.remaining(_ANSWER), subject=self._subject)
+            self._turn.held = True
+
+    def _leave_gate(self) -> None:
+        if getattr(self._turn, "held", False):
+            self._turn.held = False
+            self._gate.leave()
 
     def _translated(self, operation: str, told: Mapping[str, Any]) -> VolumedError:
         code, text = told.get("Code", ""), told.get("Message", "")
@@ -168,7 +184,7 @@ class Ec2:
             session = _session()
             if self._metadata_url != METADATA:
                 session.set_config_variable("ec2_metadata_service_endpoint", self._metadata_url)
-            return session.create_client(
+            client = session.create_client(
                 "ec2",
                 region_name=self.region,
                 endpoint_url=self._endpoint or None,
@@ -182,6 +198,8 @@ class Ec2:
                     user_agent_extra="volumed",
                 ),
             )
+            client.meta.events.register("before-send.ec2", self._enter_gate)
+            return client
 
 
 _sessions = threading.Lock()
@@ -233,19 +251,25 @@ class Metadata:
 
 
 class Gate:
-    """Lets `count` through in any `seconds`; the rest wait their turn."""
+    """At most `count` calls arrive on the other side in any `seconds`. When one arrives nobody knows, but by its answer
+    it has: so its turn is another's so many seconds after that, and delays on the way change nothing."""
 
     def __init__(self, count: int, seconds: float) -> None:
         self._seconds = seconds
-        self._passed: deque[float] = deque(maxlen=count)
-        self._lock = threading.Lock()
+        self._turns: queue.SimpleQueue[float] = queue.SimpleQueue()  # from when on each can be taken, the first first
+        for _ in range(count):
+            self._turns.put(time.monotonic())
 
-    def pass_through(self) -> None:
-        with self._lock:
-            full = len(self._passed) == self._passed.maxlen
-            turn = max(time.monotonic(), self._passed[0] + self._seconds if full else 0.0)
-            self._passed.append(turn)
-        time.sleep(max(0.0, turn - time.monotonic()))
+    def enter(self, patience: float, *, subject: str) -> None:
+        """Waits for a turn; whoever has one calls `leave` when it was answered. Raises DeadlineExceeded."""
+        try:
+            free_at = self._turns.get(timeout=patience)
+        except queue.Empty:
+            raise DeadlineExceeded("EC2 did not answer in time", subject=subject) from None
+        time.sleep(max(0.0, free_at - time.monotonic()))
+
+    def leave(self) -> None:
+        self._turns.put(time.monotonic() + self._seconds)
 
 
 class Lookups(Generic[T]):
