@@ -165,7 +165,9 @@ class CephRbdDriver(
     def _empty_trash(self) -> None:
         """What keeps a parent in the trash is asked to let go of it; again, should the manager have forgotten."""
         try:
-            holding = self._call("purge", pattern=_VOLUME.pattern, timeout=LONG)
+            holding, kept = self._call("purge", pattern=_VOLUME.pattern, timeout=LONG)
+            if kept:
+                _log.warning("backend %s: its trash keeps what could go: %s", self.backend, "; ".join(kept))
             self._cluster.call("rbd_images.flatten", images=holding)
         except VolumedError as error:  # it costs room, and nothing else
             _log.warning("backend %s: its trash keeps what could go: %s", self.backend, error)

@@ -162,20 +162,31 @@ def _children(image: Any) -> list[str]:
     ]
 
 
-def purge(connection: Connection, *, where: Where, pattern: str) -> list[str]:
-    """Remove from the trash what nobody reads from any more. The clones that hold the rest there are told."""
+def purge(connection: Connection, *, where: Where, pattern: str) -> tuple[list[str], list[str]]:
+    """Remove from the trash what nobody reads from any more. The clones that hold the rest there are told, and what
+    could not be removed and why: one that this user may not remove keeps none of the others."""
     rbd = load("rbd")
-    context, holding = connection.context(*where), []
+    context, holding, kept = connection.context(*where), [], []
     for found in list(rbd.RBD().trash_list(context)):
         if not re.fullmatch(pattern, found["name"]):
             continue
-        with contextlib.suppress(rbd.ImageNotFound, rbd.ImageBusy):
-            try:
-                rbd.RBD().trash_remove(context, found["id"], True)
-            except rbd.ImageHasSnapshots:
-                with rbd.Image(context, image_id=found["id"], read_only=True) as image:
-                    holding += _children(image)
-    return holding
+        try:
+            with contextlib.suppress(rbd.ImageNotFound, rbd.ImageBusy):
+                holding += _trash_remove(context, found["id"])
+        except rbd.Error as error:
+            kept.append(f"{found['name']}: {error}")
+    return holding, kept
+
+
+def _trash_remove(context: Any, image_id: str) -> list[str]:
+    """The clones that keep it, if any do."""
+    rbd = load("rbd")
+    try:
+        rbd.RBD().trash_remove(context, image_id, True)
+    except rbd.ImageHasSnapshots:
+        with rbd.Image(context, image_id=image_id, read_only=True) as image:
+            return _children(image)
+    return []
 
 
 def flatten(connection: Connection, *, images: list[str]) -> None:

@@ -153,6 +153,24 @@ def test_a_parent_that_is_deleted_goes_when_its_clones_need_it_no_more(ceph: Cep
     assert driver.map(child).open("rb").read(9) == b"inherited"
 
 
+def test_what_cannot_be_removed_from_the_trash_keeps_nothing_else_there(
+    ceph: Ceph, make_rbd: MakeRbd, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The data of the first lie in a pool that the user may not write to."""
+    ceph.make_pool("data")
+    denied, free = sorted(new_volume_id() for _ in range(2))
+    ceph.rbd("create", f"{POOL}/{denied}", "--size", "64M", "--data-pool", "data")
+    ceph.rbd("create", f"{POOL}/{free}", "--size", "64M")
+    for image in (denied, free):
+        ceph.rbd("trash", "mv", f"{POOL}/{image}")
+    make_rbd().probe()
+    left = ceph.rbd("trash", "ls", POOL).split()
+    assert denied in left
+    assert free not in left
+    assert f"{denied}: " in caplog.text
+    ceph.rbd("trash", "rm", f"{POOL}/{left[left.index(denied) - 1]}", "--force")
+
+
 class Killed(BaseException):
     """Raised at a crash point: nothing is cleaned up behind it."""
 
