@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from volumed.host import loop, mounts
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from tests.harness.ceph import Ceph
 
 MakeFilesystem = Callable[..., Path]
+
+# Of no test a time is asked, also where hypothesis would.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 
 def sh(*words: str | Path) -> str:

@@ -154,12 +154,13 @@ def test_a_parent_that_is_deleted_goes_when_its_clones_need_it_no_more(ceph: Cep
 
 
 def test_what_cannot_be_removed_from_the_trash_keeps_nothing_else_there(
-    ceph: Ceph, make_rbd: MakeRbd, caplog: pytest.LogCaptureFixture
+    ceph: Ceph, make_rbd: MakeRbd, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The data of the first lie in a pool that the user may not write to."""
     ceph.make_pool("data")
     denied, free = sorted(new_volume_id() for _ in range(2))
-    ceph.rbd("create", f"{POOL}/{denied}", "--size", "64M", "--data-pool", "data")
+    (tmp_path / "data").write_bytes(os.urandom(MIB))
+    ceph.rbd("import", str(tmp_path / "data"), f"{POOL}/{denied}", "--data-pool", "data")
     ceph.rbd("create", f"{POOL}/{free}", "--size", "64M")
     for image in (denied, free):
         ceph.rbd("trash", "mv", f"{POOL}/{image}")

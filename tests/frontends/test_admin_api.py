@@ -195,7 +195,7 @@ schema.config.base_url = "http://volumed" if hasattr(schema.config, "base_url") 
 schema = schema.exclude(path_regex="events|metrics")
 
 @schema.parametrize()
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 def test_api(case):
     answer = case.call(session=session, base_url="http://volumed")
     case.validate_response(answer, checks=[response_schema_conformance, not_a_server_error])

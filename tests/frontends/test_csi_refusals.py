@@ -377,7 +377,7 @@ def _scalar(field: Any, dice: random.Random, volumed: Volumed) -> Any:
     )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32), name=st.sampled_from(sorted(METHODS)))
 def test_any_request_has_an_answer(volumed: Volumed, caller: Caller, seed: int, name: str) -> None:
     method = METHODS[name]
@@ -392,7 +392,7 @@ def test_any_request_has_an_answer(volumed: Volumed, caller: Caller, seed: int, 
     assert "Traceback" not in volumed.log()
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(body=st.binary(max_size=200), name=st.sampled_from(sorted(METHODS)))
 def test_any_bytes_have_an_answer(volumed: Volumed, caller: Caller, body: bytes, name: str) -> None:
     """What is no message at all is gRPC's to refuse (INTERNAL, by its own rule), and volumed goes on."""

@@ -105,7 +105,7 @@ def test_what_is_not_in_the_protocol(volumed: Volumed, method: str, path: str) -
 
 
 @given(endpoint=st.sampled_from(ENDPOINTS), body=st.binary(max_size=200))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes(volumed: Volumed, endpoint: str, body: bytes) -> None:
     status, answer = raw(volumed, f"/VolumeDriver.{endpoint}", body)
     assert status in (200, 400, 500)
@@ -130,7 +130,7 @@ JSON = st.recursive(
         max_size=3,
     ),
 )
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_fields(volumed: Volumed, endpoint: str, name: object, mount_id: object, options: object) -> None:
     body = json.dumps({"Name": name, "ID": mount_id, "Opts": options}).encode()
     status, answer = raw(volumed, f"/VolumeDriver.{endpoint}", body)

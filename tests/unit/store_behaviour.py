@@ -73,7 +73,7 @@ class StoreBehaviour:
         data=st.dictionaries(KEYS, st.binary(max_size=4), max_size=20),
         prefix=st.text(max_size=2).filter(str.isprintable),
     )
-    @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
     def test_scan_finds_what_begins_so(self, store: Store, data: dict[str, bytes], prefix: str) -> None:
         store.commit(delete=[entry.key for entry in store.scan("")])
         store.commit(put=data)

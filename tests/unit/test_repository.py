@@ -105,7 +105,7 @@ def test_bindings_are_found_by_their_consumers(repository: Repository) -> None:
 @given(
     names=st.lists(st.text(min_size=1, max_size=20).filter(lambda name: name.isprintable()), unique=True, max_size=5)
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_names_never_meet(tmp_path_factory: pytest.TempPathFactory, names: list[str]) -> None:
     """Whatever is in a name, two of them are two keys, and none is another's prefix."""
     with SqliteStore(tmp_path_factory.mktemp("ledger") / "ledger.db").closing() as store:
