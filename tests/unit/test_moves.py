@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from volumed.errors import HostError
+from volumed.host import priority
 from volumed.migration import move as moves
 from volumed.migration.move import Move
 from volumed.migration.movers.block import BlockMover
@@ -175,3 +176,19 @@ def test_what_was_written_to_the_target_by_others_is_copied_again(tmp_path: Path
         mover.round(Control(), last=True)
         assert mover.verify(Control()).differences == []
     assert target.read_bytes()[: 3 << 20] == source.read_bytes()
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_nobody_who_is_held_still_waits_for_a_proof_of_low_priority(
+    last: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("source", "target"):
+        (tmp_path / name).write_bytes(name.encode() * 1000)
+    lowered: list[bool] = []
+    monkeypatch.setattr(priority, "lower", lambda: lowered.append(True))
+    with mover_of(tmp_path) as mover:
+        mover.round(Control(), last=last)
+        assert bool(lowered) is not last
+        lowered.clear()
+        mover.verify(Control())
+        assert bool(lowered) is not last

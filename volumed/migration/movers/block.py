@@ -40,6 +40,7 @@ class BlockMover(Mover):
         super().__init__(source, target, workdir)
         self._chunks: Chunks | None = None
         self._suspect = False
+        self._last = False  # somebody is held still until it is proven
 
     def _opened(self) -> Chunks:
         if self._chunks is None:
@@ -66,7 +67,7 @@ class BlockMover(Mover):
     # Copying
     def round(self, control: Control, *, last: bool = False) -> Round:
         begun, chunks = time.monotonic(), self._opened()
-        suspect, self._suspect = self._suspect, False
+        suspect, self._suspect, self._last = self._suspect, False, last
         held = _touched(data_extents(self.source), chunks)
         empty = _untouched(data_extents(self.target), chunks)
         changed = 0
@@ -95,7 +96,7 @@ class BlockMover(Mover):
             todo = [number for number in range(chunks.count) if suspect or chunks.state(number) is State.UNKNOWN]
             control.done(bytes=sum(map(chunks.length, frozenset(held).difference(todo))))
             try:
-                self._work(iter(todo), copy, background=not last)
+                self._work(iter(todo), copy)
                 os.fsync(target)
             except BaseException:
                 self._suspect = suspect
@@ -130,7 +131,7 @@ class BlockMover(Mover):
 
             todo = [number for number in range(chunks.count) if chunks.state(number) is not State.PROVEN]
             read = sum(chunks.length(number) for number in todo if number not in empty)
-            self._work(iter(todo), compare, background=True)
+            self._work(iter(todo), compare)
         lines = [_named(number, chunks) for number in sorted(differences)[:MOST_DIFFERENCES]]
         return Verified(digest=chunks.whole(), differences=lines, bytes=read)
 
@@ -150,15 +151,15 @@ class BlockMover(Mover):
                 else:
                     chunks.copied(number, chunks.zeros(number))
 
-            self._work(iter(range(chunks.count)), look, background=True)
+            self._work(iter(range(chunks.count)), look)
         return Verified(digest=chunks.whole(), bytes=chunks.size)
 
-    def _work(self, todo: Iterator[int], job: Work, *, background: bool) -> None:
+    def _work(self, todo: Iterator[int], job: Work) -> None:
         """The job for each chunk, on as many threads as there are requests in flight; the first error ends all."""
         guard, broken = threading.Lock(), threading.Event()
 
         def run() -> None:
-            if background:
+            if not self._last:
                 priority.lower()
             buffer = mmap.mmap(-1, CHUNK)  # page-aligned, as direct I/O needs it
             while not broken.is_set():

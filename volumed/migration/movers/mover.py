@@ -108,7 +108,7 @@ class Mover(ABC):
     move. A mover made again over the same places and workdir goes on where the last one was, and copies nothing again
     that `round` had copied and that did not change since.
 
-    Threads of a mover run at the lowest I/O and CPU priority, but for those of a last round.
+    Threads of a mover run at the lowest I/O and CPU priority, but for those of a last round and its proof.
     """
 
     def __init__(self, source: Path, target: Path, workdir: Path) -> None:
