@@ -3,6 +3,8 @@
 PATH/<volume id>            a volume
 PATH/<snapshot id>          a snapshot, read-only
 PATH/<volume id>.new, .old  on the way back to a snapshot
+PATH/<volume id>.sent       read-only, while it is sent to another btrfs
+PATH/<volume id>.part       what was received of it there
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -20,6 +23,7 @@ from volumed.driver import (
     Capability,
     Capacity,
     CreatedVolume,
+    Driver,
     Facts,
     FilesystemDriver,
     Found,
@@ -33,14 +37,25 @@ from volumed.driver import (
     SupportsGroupSnapshots,
     SupportsImport,
     SupportsModify,
+    SupportsNativeCopy,
+    Tell,
     VolumeSpec,
 )
-from volumed.errors import BackendUnavailable, CommandFailed, InvalidRequest, MountFailed, NotFound, OutOfRange
+from volumed.errors import (
+    BackendUnavailable,
+    CommandFailed,
+    InvalidRequest,
+    MountFailed,
+    NotFound,
+    NotSupported,
+    OutOfRange,
+)
 from volumed.model import Handle, SnapshotId, VolumeId
 from volumed.testing import crash
 from volumed_drivers.folders import capacity_of, make_folder, read_mark, stranger, strangers, write_mark
 
-_VOLUME = re.compile(r"(v[0-9a-f]{32})(\.new|\.old)?")
+_VOLUME = re.compile(r"(v[0-9a-f]{32})(\.new|\.old|\.sent|\.part)?")
+_ENDS = ("", ".new", ".old", ".sent", ".part")
 _SNAPSHOT = re.compile(r"s[0-9a-f]{32}")
 _OURS = re.compile(rf"{_VOLUME.pattern}|{_SNAPSHOT.pattern}")
 _MAGIC = "btrfs"
@@ -66,6 +81,7 @@ class BtrfsDriver(
     SupportsClone,
     SupportsCapacity,
     SupportsImport,
+    SupportsNativeCopy,
 ):
     BackendOptions = BtrfsOptions
     VolumeOptions = BtrfsVolumeOptions
@@ -78,12 +94,15 @@ class BtrfsDriver(
         super().__init__(backend, options, host)
         assert isinstance(options, BtrfsOptions)
         self._path = options.path
+        self._sending: set[str] = set()
+        self._sweeping = threading.Lock()
 
     def probe(self) -> Probe:
         make_folder(self._path, mode=0o711, backend=self.backend)
         kind = self.host.run(["stat", "--file-system", "--format=%T", self._path]).stdout.strip()
         if kind != _MAGIC:
             raise BackendUnavailable(f"{self._path} lies on {kind}, not on btrfs", subject=f"backend {self.backend}")
+        self._forget_sent()
         facts = {"path": str(self._path)}
         try:
             self._btrfs("quota", "enable", self._path)
@@ -129,8 +148,8 @@ class BtrfsDriver(
             self._btrfs("qgroup", "limit", str(size), subvolume)
 
     def delete(self, handle: Handle) -> None:
-        for name in (handle, f"{handle}.new", f"{handle}.old"):
-            self._delete(self._path / name)
+        for end in reversed(_ENDS):
+            self._delete(self._path / f"{handle}{end}")
 
     def _delete(self, subvolume: Path) -> None:
         if not subvolume.exists():
@@ -170,7 +189,7 @@ class BtrfsDriver(
             yield Found(Handle(volume_id), VolumeId(volume_id), read_mark(subvolume), whole=subvolume.exists())
 
     def find(self, volume_id: VolumeId) -> Handle | None:
-        there = any((self._path / f"{volume_id}{end}").exists() for end in ("", ".new", ".old"))
+        there = any((self._path / f"{volume_id}{end}").exists() for end in _ENDS)
         return Handle(volume_id) if there else None
 
     def importable(self) -> Iterable[str]:
@@ -263,6 +282,72 @@ class BtrfsDriver(
         self._finish(target, spec)
         return CreatedVolume(Handle(spec.id), spec.size)
 
+    # Moves
+    def way_from(self, source: Driver) -> str:
+        if not isinstance(source, BtrfsDriver):
+            raise NotSupported("only a btrfs sends to a btrfs", subject=f"backend {self.backend}")
+        return "a snapshot" if self._is_beside(source) else "btrfs send and receive"
+
+    def _is_beside(self, source: BtrfsDriver) -> bool:
+        """Whether it is one file system, however it is mounted."""
+        devices = [
+            self.host.run(["findmnt", "--noheadings", "--output", "MAJ:MIN", "--target", path]).stdout.split()
+            for path in (self._path, source._path)
+        ]
+        return devices[0] == devices[1]
+
+    def take_from(self, source: Driver, handle: Handle, spec: VolumeSpec, tell: Tell) -> CreatedVolume:
+        self.way_from(source)
+        assert isinstance(source, BtrfsDriver)
+        self._check_size(spec)
+        target = self._path / spec.id
+        if not target.exists():
+            if self._is_beside(source):
+                self._btrfs("filesystem", "sync", self._path)
+                self._btrfs("subvolume", "snapshot", source._present(handle), target)
+            else:
+                self._receive(source, handle, target, tell)
+            crash.point("native.btrfs.made")
+        self._delete(_part(target))
+        self._finish(target, spec)
+        return CreatedVolume(Handle(spec.id), spec.size)
+
+    def _receive(self, source: BtrfsDriver, handle: Handle, target: Path, tell: Tell) -> None:
+        """Into a subvolume that is taken away with what is in it; what came whole gets the volume's name as a snapshot
+        of it, which can be written to."""
+        part = _part(target)
+        self._delete(part)
+        self._btrfs("subvolume", "create", part)
+        with source._sent(handle) as sent:
+            crash.point("native.btrfs.sending")
+            self.host.pipe(["btrfs", "send", "--quiet", sent], ["btrfs", "receive", "--quiet", part], tell=tell)
+            crash.point("native.btrfs.received")
+        self._btrfs("subvolume", "snapshot", part / sent.name, target)
+
+    @contextlib.contextmanager
+    def _sent(self, handle: Handle) -> Iterator[Path]:
+        sent = self._path / f"{handle}.sent"
+        with self._sweeping:
+            self._sending.add(sent.name)
+        try:
+            self._delete(sent)
+            self._sync()
+            self._btrfs("subvolume", "snapshot", "-r", self._present(handle), sent)
+            self._sync()  # what is not on the disk is not sent
+            yield sent
+        finally:
+            with contextlib.suppress(CommandFailed):  # the next probe tries again
+                self._delete(sent)
+            self._sending.discard(sent.name)
+
+    def _forget_sent(self) -> None:
+        """What a crash left; it would hold the room of what is deleted."""
+        with self._sweeping:
+            for sent in self._path.glob("*.sent"):
+                if _VOLUME.fullmatch(sent.name) and sent.name not in self._sending:
+                    with contextlib.suppress(CommandFailed):  # the kernel keeps one that somebody is still sending
+                        self._delete(sent)
+
     def capacity(self) -> Capacity:
         return capacity_of(self._path)
 
@@ -272,6 +357,10 @@ class BtrfsDriver(
 
     def _btrfs(self, *words: str | Path) -> str:
         return self.host.run(["btrfs", *words], timeout=300.0).stdout
+
+
+def _part(subvolume: Path) -> Path:
+    return subvolume.with_name(f"{subvolume.name}.part")
 
 
 def _is_subvolume(path: Path) -> bool:

@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
+from uuid import uuid4
 
 from pydantic import Field
 
@@ -26,6 +27,7 @@ from volumed.driver import (
     Capability,
     Capacity,
     CreatedVolume,
+    Driver,
     Extent,
     Facts,
     FileExtent,
@@ -40,6 +42,8 @@ from volumed.driver import (
     SupportsExpand,
     SupportsGroupSnapshots,
     SupportsImport,
+    SupportsNativeCopy,
+    Tell,
     VolumeSpec,
 )
 from volumed.errors import (
@@ -93,6 +97,7 @@ class ImageDriver(
     SupportsClone,
     SupportsCapacity,
     SupportsImport,
+    SupportsNativeCopy,
 ):
     BackendOptions = ImageOptions
     VolumeOptions = ImageVolumeOptions
@@ -109,20 +114,20 @@ class ImageDriver(
 
     def probe(self) -> Probe:
         make_folder(self._path, mode=0o700, backend=self.backend)
-        self._reflink = self._can_reflink()
+        self._reflink = self._can_reflink(self._path)
         reason = f"{self._path} cannot share data between files (XFS and btrfs can)"
-        live = (Capability.SNAPSHOT_LIVE, Capability.CLONE_LIVE)
+        live = (Capability.SNAPSHOT_LIVE, Capability.CLONE_LIVE, Capability.NATIVE_COPY)
         return Probe(
             lacking={} if self._reflink else dict.fromkeys(live, reason),
             facts={"path": str(self._path), "reflink": "yes" if self._reflink else "no"},
         )
 
-    def _can_reflink(self) -> bool:
-        """Tried, not guessed from the file system's name. Names of this process: two probes may run at once."""
-        source, target = (self._path / f".probe-{os.getpid()}-{end}" for end in ("a", "b"))
+    def _can_reflink(self, origin: Path) -> bool:
+        """From that folder into ours. Tried, not guessed from the file system's name. Names of this very look: two may
+        be made at once."""
+        source, target = origin / f".probe-{uuid4().hex}", self._path / f".probe-{uuid4().hex}"
         try:
             source.write_bytes(b"x" * ALIGNMENT)
-            target.unlink(missing_ok=True)
             self.host.reflink(source, target)
         except NotSupported:
             return False
@@ -320,6 +325,23 @@ class ImageDriver(
 
     def clone(self, source: Handle, spec: VolumeSpec) -> CreatedVolume:
         return self._create_copy(self._image(source), spec)
+
+    # Moves
+    def way_from(self, source: Driver) -> str:
+        if not isinstance(source, ImageDriver):
+            raise NotSupported("images share data with images alone", subject=f"backend {self.backend}")
+        if not self._can_reflink(source._path):
+            raise NotSupported(
+                f"{self._path} and {source._path} lie on no one file system that can share data between files",
+                subject=f"backend {self.backend}",
+            )
+        return "both files share their data (reflink) until one of them is written"
+
+    def take_from(self, source: Driver, handle: Handle, spec: VolumeSpec, tell: Tell) -> CreatedVolume:
+        self.way_from(source)
+        assert isinstance(source, ImageDriver)
+        tell(0)
+        return self._create_copy(source._image(handle), spec)
 
     def _create_copy(self, source: Path, spec: VolumeSpec) -> CreatedVolume:
         least = source.stat().st_size if source.exists() else 0

@@ -20,8 +20,8 @@ pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 # Drivers whose own points their suites pass, where their storage is; `folder` is what nfs and gluster share.
 ELSEWHERE = ("lvm", "ceph-rbd", "cephfs", "ebs", "iscsi", "folder", "s3")
-# tests/migration/test_crash.py; tests/vm/guest/test_encryption.py
-OTHER_LIVES = ("migrate", "encryption", "rotate")
+# tests/migration/test_crash.py and test_native.py; tests/vm/guest/test_encryption.py
+OTHER_LIVES = ("migrate", "native", "encryption", "rotate")
 BACKENDS = ("local", "sized", "tree", "attached")
 
 
@@ -52,11 +52,7 @@ CASES = [(backend, point) for point in crash_points() for backend in BACKENDS if
 
 def test_every_crash_point_is_tried() -> None:
     tried = {point for _, point in (*CASES, *CSI_CASES)}
-    here = {
-        point
-        for point in crash_points()
-        if point.partition(".")[0] not in ("migrate", "encryption", "rotate", *ELSEWHERE)
-    }
+    here = {point for point in crash_points() if point.partition(".")[0] not in (*OTHER_LIVES, *ELSEWHERE)}
     assert here - tried == {"journal.settled"}
 
 

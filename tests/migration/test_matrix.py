@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 KINDS = {"folders-a": {}, "images-a": {"size": "300m"}, "btrfs-a": {"size": "300m"}}
 TARGETS = ("folders-b", "images-b", "btrfs-b")
-PATHS = {("images-a", "images-b"): "block"}
+PATHS = {("images-a", "images-b"): "block", ("btrfs-a", "btrfs-b"): "native"}
 
 
 @pytest.fixture

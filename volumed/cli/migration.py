@@ -101,7 +101,10 @@ def _show_plan(session: Session, volume: str, plan: dict[str, Any]) -> None:
         {
             "volume": volume,
             "to": f"{target['backend']} ({size(target['size'])}{kind})",
-            "path": [plan["path"], *(f"not {path}: {why}" for path, why in plan["rejected"].items())],
+            "path": [
+                plan["path"] + (f": {plan['way']}" if plan["way"] else ""),
+                *(f"not {path}: {why}" for path, why in plan["rejected"].items()),
+            ],
             "phases": " > ".join(plan["phases"]),
             "data": size(plan["bytes"]) + (f" in {plan['files']} files" if plan["files"] else ""),
             "time": f"about {_time(plan['seconds'])}",

@@ -21,17 +21,20 @@ from volumed.driver import (
     BlockDriver,
     Capability,
     CreatedVolume,
+    Driver,
     SupportsCapacity,
     SupportsClone,
     SupportsExpand,
     SupportsImport,
     SupportsModify,
+    SupportsNativeCopy,
     SupportsSnapshots,
+    Tell,
     VolumeSpec,
 )
 from volumed.errors import CapacityExhausted, IntegrityError, InvalidRequest, NotFound, NotSupported, OutOfRange
 from volumed.host import filesystems
-from volumed.model import Ownership, Snapshot, Volume, VolumeMode, VolumeState
+from volumed.model import Handle, Ownership, Snapshot, Volume, VolumeMode, VolumeState
 from volumed.testing import crash
 
 # Bytes: less than any file system needs.
@@ -72,11 +75,7 @@ class Provision:
     def make(self, volume: Volume, backend: Backend, origin: Origin | None, *, blank: bool = False) -> Volume:
         """The volume on its storage, ready to be mounted; the record returned has its handle and its real size.
         `blank`: a bare device, whose file system will come with the data."""
-        driver = backend.driver
-        options = read_options(driver.VolumeOptions, volume.options, subject=f"backend {backend.name}")
-        mark = marks.write(volume)
-        size = None if volume.size is None else volume.size + overhead(volume)
-        spec = VolumeSpec(id=volume.stored_as, size=size, mode=volume.mode, options=options, mark=mark)
+        driver, spec = backend.driver, self._spec(volume, backend)
         made = self._copy(spec, backend, origin) if origin else driver.create(spec)
         crash.point("create.stored")
         usable = None if made.size is None else made.size - overhead(volume)
@@ -86,6 +85,20 @@ class Provision:
         if volume.mode is VolumeMode.FILESYSTEM and not blank:
             self._prepare(ready, backend, copied=origin is not None)
         return ready
+
+    def take(self, volume: Volume, backend: Backend, source: Driver, handle: Handle, tell: Tell) -> Volume:
+        """As `make`, with the data that `handle` of another backend's driver has now, brought by the storage itself."""
+        driver = backend.driver
+        if not isinstance(driver, SupportsNativeCopy):
+            raise NotSupported("takes nothing from other backends", subject=f"backend {backend.name}")
+        made = driver.take_from(source, handle, self._spec(volume, backend), tell)
+        return msgspec.structs.replace(volume, handle=made.handle, size=made.size, state=VolumeState.READY)
+
+    @staticmethod
+    def _spec(volume: Volume, backend: Backend) -> VolumeSpec:
+        options = read_options(backend.driver.VolumeOptions, volume.options, subject=f"backend {backend.name}")
+        size = None if volume.size is None else volume.size + overhead(volume)
+        return VolumeSpec(id=volume.stored_as, size=size, mode=volume.mode, options=options, mark=marks.write(volume))
 
     def _encrypt(self, volume: Volume, backend: Backend, origin: Origin | None) -> None:
         """A copy has its original's header, and so its keys: it is given its own."""

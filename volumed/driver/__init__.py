@@ -1,7 +1,7 @@
 """The public interface for driver authors: everything a driver imports is here, in model and in errors."""
 
 from volumed.driver.capability import Capability
-from volumed.driver.host import Completed, FileExtent, Helper, Host, Loop, MountEntry, Revived, TreeStatus, Worker
+from volumed.driver.host import Completed, FileExtent, Helper, Host, Loop, MountEntry, Revived, Tell, TreeStatus, Worker
 from volumed.driver.interface import (
     BlockDriver,
     Capacity,
@@ -23,6 +23,7 @@ from volumed.driver.interface import (
     SupportsGroupSnapshots,
     SupportsImport,
     SupportsModify,
+    SupportsNativeCopy,
     SupportsSnapshots,
     VolumeSpec,
 )
@@ -61,7 +62,9 @@ __all__ = [
     "SupportsGroupSnapshots",
     "SupportsImport",
     "SupportsModify",
+    "SupportsNativeCopy",
     "SupportsSnapshots",
+    "Tell",
     "TreeStatus",
     "VolumeSpec",
     "Worker",

@@ -17,6 +17,7 @@ class Capability(enum.StrEnum):
     MULTI_NODE = "multi-node"  # volumes are reachable from several nodes at once
     GROUP_SNAPSHOT = "group-snapshot"  # of several volumes at one instant
     CHANGED_BLOCKS = "changed-blocks"  # tells which blocks of a snapshot hold data, and which differ between two
+    NATIVE_COPY = "native-copy"  # takes the data of a volume from another backend of its kind by itself
     MODIFY = "modify"  # some of a volume's options can be changed later
     CAPACITY = "capacity"  # the backend tells how much room it has
     ATTACH = "attach"  # its volumes are attached to a machine before they can be used there

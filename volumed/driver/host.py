@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+# Called with the bytes that were copied since the last call, at least once a second of work. It may wait, for a limit
+# of the rate, and what it raises ends the work.
+Tell = Callable[[int], None]
 
 
 class Completed(NamedTuple):
@@ -120,6 +124,12 @@ class Host(ABC):
         `secrets` are blanked in every text that leaves this call. Raises CommandFailed (unless `check` is
         false) for an exit status other than 0 or a command that is not installed, DeadlineExceeded at the timeout.
         """
+
+    @abstractmethod
+    def pipe(self, source: Sequence[str | Path], sink: Sequence[str | Path], *, tell: Tell) -> None:
+        """Run two commands, the second reading what the first writes, for as long as something moves. When
+        `tell` raises, both are killed. Raises CommandFailed with what the one that failed said, DeadlineExceeded when
+        they hang."""
 
     @abstractmethod
     def mount(

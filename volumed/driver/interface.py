@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
 from volumed.driver.capability import Capability
-from volumed.driver.host import Host
+from volumed.driver.host import Host, Tell
 from volumed.driver.options import NoOptions, Options
 from volumed.model import Handle, SnapshotId, VolumeId, VolumeMode
 
@@ -244,6 +244,23 @@ class SupportsChangedBlocks(SupportsSnapshots):
         """What may differ in `target` from `base`, two snapshots of one volume, in order; all else is the same."""
 
 
+class SupportsNativeCopy(ABC):
+    """Storage that takes a volume's data from another backend of its own kind without this machine reading it. Core
+    compares the two afterwards, and copies by itself what the source was given since."""
+
+    @abstractmethod
+    def way_from(self, source: Driver) -> str:
+        """How data of `source`'s volumes would come here, in a few words for people. Touches no volume. Raises
+        NotSupported with the reason why it cannot."""
+
+    @abstractmethod
+    def take_from(self, source: Driver, handle: Handle, spec: VolumeSpec, tell: Tell) -> CreatedVolume:
+        """`create`, with the data that the volume `handle` of `source` has at one moment during the call, in use or
+        not; it is not written to. Takes as long as it takes, on no worker of the backend. The same id again returns the
+        same volume, finishing what was half made, or beginning anew; what a crash left at the source is taken away by
+        its next `probe`. Raises OutOfRange when `spec.size` is too small, NotSupported, and what `tell` raises."""
+
+
 class SupportsModify(ABC):
     mutable: ClassVar[frozenset[str]]  # keys of VolumeOptions
 
@@ -332,6 +349,7 @@ _BY_CLASS: Mapping[type, tuple[Capability, ...]] = {
     SupportsSnapshots: (Capability.SNAPSHOT,),
     SupportsGroupSnapshots: (Capability.GROUP_SNAPSHOT,),
     SupportsChangedBlocks: (Capability.CHANGED_BLOCKS,),
+    SupportsNativeCopy: (Capability.NATIVE_COPY,),
     SupportsModify: (Capability.MODIFY,),
     SupportsClone: (Capability.CLONE,),
     SupportsCapacity: (Capability.CAPACITY,),

@@ -10,10 +10,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from volumed.driver import Completed, FileExtent, Helper, Host, Loop, MountEntry, Revived, TreeStatus, Worker
+from volumed.driver import Completed, FileExtent, Helper, Host, Loop, MountEntry, Revived, Tell, TreeStatus, Worker
 from volumed.errors import HostError, NotSupported
 from volumed.host import devices, extents, holders, loop, mounts, network, quota, revive
 from volumed.host.helpers import Helpers
+from volumed.host.pipe import pipe
 from volumed.host.run import run
 from volumed.host.worker import start as start_worker
 
@@ -39,6 +40,9 @@ class LinuxHost(Host):
         check: bool = True,
     ) -> Completed:
         return run(argv, timeout=timeout, stdin=stdin, env=env, secrets=secrets, check=check)
+
+    def pipe(self, source: Sequence[str | Path], sink: Sequence[str | Path], *, tell: Tell) -> None:
+        pipe(source, sink, tell=tell)
 
     # Mounts
     def mount(

@@ -12,7 +12,7 @@ from volumed.core.core import Core
 from volumed.core.presence import Presence, handle_of
 from volumed.core.provision import Provision
 from volumed.core.reach import Reach, attacher
-from volumed.driver import BlockDriver, SupportsSnapshots
+from volumed.driver import BlockDriver, Driver, SupportsSnapshots, Tell
 from volumed.errors import NotSupported
 from volumed.model import Migration, MovePath, Ownership, Place, Snapshot, Volume
 
@@ -82,10 +82,15 @@ class OtherPlace:
         plain = msgspec.structs.replace(volume, ownership=Ownership())  # the data brings its owner along
         return place_of(backend.call(lambda: self._provision.make(plain, backend, None, blank=blank)))
 
-    def open(self, volume: Volume, path: MovePath) -> Path:
+    def take(self, volume: Volume, source: Volume, tell: Tell) -> Place:
+        """As `make`, with the data that the source has now, brought by the storage itself."""
+        backend, origin = self._backends.get(volume.backend), self._backends.get(source.backend)
+        return place_of(self._provision.take(volume, backend, origin.driver, handle_of(source), tell))
+
+    def open(self, volume: Volume, carrier: MovePath) -> Path:
         """Its mounted tree, or its device."""
         backend = self._backends.get(volume.backend)
-        if path is MovePath.TREE:
+        if carrier is MovePath.TREE:
             return backend.call(lambda: self._presence.establish(volume, backend.driver))
         return backend.call(lambda: device_of(volume, backend, self._presence))
 
@@ -126,6 +131,13 @@ def device_of(volume: Volume, backend: Backend, presence: Presence) -> Path:
     if not isinstance(driver, BlockDriver):
         raise NotSupported("has no devices", subject=f"backend {backend.name}")
     return presence.device(volume, driver)
+
+
+def carrier_of(path: MovePath, target: Driver) -> MovePath:
+    """BLOCK or TREE: what proves a copy that the storage made, and brings it up to date; else the path itself."""
+    if path is not MovePath.NATIVE:
+        return path
+    return MovePath.BLOCK if isinstance(target, BlockDriver) else MovePath.TREE
 
 
 def source_and_target(migration: Migration, volume: Volume) -> tuple[Volume, Volume]:

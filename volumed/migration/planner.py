@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 
 from volumed.core.backends import Backend
 from volumed.core.options import read_options
 from volumed.core.placement import DEFAULT_FILESYSTEM, DEFAULT_SIZE
-from volumed.driver import BlockDriver, Capability, FilesystemDriver
+from volumed.driver import BlockDriver, Capability, FilesystemDriver, SupportsNativeCopy
 from volumed.errors import BackendUnavailable, InvalidRequest, NotSupported, OutOfRange
 from volumed.host import filesystems
 from volumed.migration.losses import Census, Loss, of_tree
@@ -47,7 +48,8 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     path: MovePath
-    rejected: dict[str, str]  # better paths, and why each cannot be taken
+    way: str  # of the native path: how the storage copies, for people
+    rejected: Mapping[str, str]  # better paths, and why each cannot be taken
     target: Place
     phases: tuple[str, ...]
     bytes: int
@@ -58,25 +60,22 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     losses: tuple[Loss, ...]
 
 
-def choose_path(
-    volume: Volume, source: Backend, target: Backend, *, in_use: bool, wish: Wish
-) -> tuple[MovePath, dict[str, str]]:
+class Chosen(NamedTuple):
+    path: MovePath
+    way: str = ""  # how the storage copies, for people
+    rejected: Mapping[str, str] = {}
+
+
+def choose_path(volume: Volume, source: Backend, target: Backend, *, in_use: bool, wish: Wish) -> Chosen:
     """The best that can be taken, or the one that was named; and why no better one. Raises NotSupported."""
-    reasons = {
-        MovePath.BLOCK: _no_blocks(volume, source, target, in_use=in_use, wish=wish),
-        MovePath.TREE: "it is a raw device and has no tree" if volume.mode is VolumeMode.BLOCK else "",
-    }
-    if wish.path:
-        named = _named_path(wish.path)
-        reason = reasons.get(named, "no storage that is configured here offers it")
-        if reason:
-            raise NotSupported(f"cannot go by {named}: {reason}", subject=f"volume {volume.name}")
-        return named, {}
     rejected: dict[str, str] = {}
-    for path, reason in reasons.items():
-        if not reason:
-            return path, rejected
-        rejected[str(path)] = reason
+    for path in [_named_path(wish.path)] if wish.path else MovePath:
+        try:
+            return Chosen(path, _WAYS[path](volume, source, target, in_use=in_use, wish=wish), rejected)
+        except NotSupported as error:
+            if wish.path:
+                raise NotSupported(f"cannot go by {path}: {error.text}", subject=f"volume {volume.name}") from None
+            rejected[str(path)] = error.text
     raise NotSupported(
         "cannot be moved there: " + "; ".join(f"{path}: {reason}" for path, reason in rejected.items()),
         subject=f"volume {volume.name}",
@@ -90,30 +89,52 @@ def _named_path(text: str) -> MovePath:
         raise InvalidRequest(f"there is no path {text[:40]!r}", hint=f"choose {', '.join(MovePath)}") from None
 
 
-def _no_blocks(volume: Volume, source: Backend, target: Backend, *, in_use: bool, wish: Wish) -> str:
-    """Why the blocks cannot be copied as they are; empty when they can."""
+def _native(volume: Volume, source: Backend, target: Backend, *, in_use: bool, wish: Wish) -> str:
+    """How the storage would copy. Raises NotSupported with the reason why it cannot."""
+    target.require(Capability.NATIVE_COPY)
+    if volume.encryption:
+        raise NotSupported("it would share its key with what is left behind")
+    driver = target.driver
+    assert isinstance(driver, SupportsNativeCopy)
+    way = target.call(lambda: driver.way_from(source.driver))
+    if isinstance(driver, BlockDriver):
+        _blocks(volume, source, target, in_use=in_use, wish=wish)
+    return way
+
+
+def _blocks(volume: Volume, source: Backend, target: Backend, *, in_use: bool, wish: Wish) -> str:
+    """Raises NotSupported with the reason why the blocks cannot be copied as they are."""
     for backend in (source, target):
         if not isinstance(backend.driver, BlockDriver):
-            return f"backend {backend.name} holds trees and has no devices"
+            raise NotSupported(f"backend {backend.name} holds trees and has no devices")
     if wish.size is not None and volume.size is not None and wish.size < volume.size:
-        return "a device cannot shrink"
-    return "" if volume.mode is VolumeMode.BLOCK else _no_blocks_of(volume, in_use=in_use, wish=wish)
+        raise NotSupported("a device cannot shrink")
+    if volume.mode is VolumeMode.FILESYSTEM:
+        _blocks_of_filesystem(volume, in_use=in_use, wish=wish)
+    return ""
 
 
-def _no_blocks_of(volume: Volume, *, in_use: bool, wish: Wish) -> str:
-    """... of a file system."""
+def _blocks_of_filesystem(volume: Volume, *, in_use: bool, wish: Wish) -> None:
     if wish.filesystem and wish.filesystem != volume.filesystem:
-        return f"its file system is {volume.filesystem}, and {wish.filesystem} is asked for"
+        raise NotSupported(f"its file system is {volume.filesystem}, and {wish.filesystem} is asked for")
     if volume.filesystem == "btrfs":
-        return "two devices with one btrfs on them must never be seen by one kernel"
+        raise NotSupported("two devices with one btrfs on them must never be seen by one kernel")
     if wish.size is not None and wish.size > (volume.size or 0):
         try:
             filesystems.get(volume.filesystem or "").require_growth()
         except NotSupported as error:
-            return f"its file system could not grow there: {error.text}"
+            raise NotSupported(f"its file system could not grow there: {error.text}") from None
     if in_use:
-        return "it is in use, and its blocks would have to be read again while everybody waits"
+        raise NotSupported("it is in use, and its blocks would have to be read again while everybody waits")
+
+
+def _tree(volume: Volume, source: Backend, target: Backend, *, in_use: bool, wish: Wish) -> str:
+    if volume.mode is VolumeMode.BLOCK:
+        raise NotSupported("it is a raw device and has no tree")
     return ""
+
+
+_WAYS = {MovePath.NATIVE: _native, MovePath.BLOCK: _blocks, MovePath.TREE: _tree}
 
 
 def shape_of(volume: Volume, target: Backend, wish: Wish, census: Census | None) -> Place:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from volumed.driver import Completed, FileExtent, Helper, Host, Loop, MountEntry, Revived, TreeStatus, Worker
+from volumed.driver import Completed, FileExtent, Helper, Host, Loop, MountEntry, Revived, Tell, TreeStatus, Worker
 from volumed.errors import CommandFailed, DeadlineExceeded, HostError, MountFailed, NotSupported, VolumedError
 
 
@@ -45,6 +45,9 @@ class FakeHost(Host):
             return self.answers[str(argv[0])]
         except KeyError:
             raise CommandFailed(f"{argv[0]} is not here", returncode=127) from None
+
+    def pipe(self, source: Sequence[str | Path], sink: Sequence[str | Path], *, tell: Tell) -> None:
+        self._called("pipe", *source, *sink)
 
     def mount(
         self, source: str | Path, target: Path, *, fstype: str, options: Sequence[str] = (), readonly: bool = False

@@ -94,6 +94,7 @@ class LossView(View):
 
 class PlanView(View):
     path: MovePath
+    way: str = Field(description="Of the native path: how the storage copies")
     rejected: dict[str, str] = Field(description="Better paths, and why each cannot be taken")
     target: PlaceView
     phases: list[str]

@@ -36,8 +36,11 @@ class BlockMover(Mover):
     """Holes stay holes. What a writer changed meanwhile is found by reading everything again, which is done after
     `watch` alone, and comparing digests."""
 
-    def __init__(self, source: Path, target: Path, workdir: Path) -> None:
+    def __init__(self, source: Path, target: Path, workdir: Path, *, filled: bool = False) -> None:
+        """`filled`: the target was given the source's data as it was a while ago; both are read, and only what differs
+        is written."""
         super().__init__(source, target, workdir)
+        self._filled = filled
         self._chunks: Chunks | None = None
         self._suspect = False
         self._last = False  # somebody is held still until it is proven
@@ -79,8 +82,12 @@ class BlockMover(Mover):
                 nonlocal changed
                 length = chunks.length(number)
                 control.admit(length)
+                there = self._there(number, target, buffer, empty, control)
                 digest = _read(source, number, length, buffer) if number in held else chunks.zeros(number)
-                if chunks.state(number) is State.UNKNOWN or chunks.digest(number) != digest:
+                if there == digest and chunks.state(number) is State.UNKNOWN:  # it was read back just now
+                    chunks.copied(number, digest)
+                    chunks.proven(number)
+                elif there != digest:
                     fresh = chunks.state(number) is State.UNKNOWN and number in empty
                     chunks.began(number)
                     if digest != chunks.zeros(number):
@@ -102,6 +109,22 @@ class BlockMover(Mover):
                 self._suspect = suspect
                 raise
         return Round(changed=changed, seconds=time.monotonic() - begun)
+
+    def _there(
+        self, number: int, target: int, buffer: mmap.mmap, empty: frozenset[int], control: Control
+    ) -> bytes | None:
+        """The digest of what the target holds; None when it is not known, and not worth reading."""
+        chunks = self._opened()
+        if chunks.state(number) is not State.UNKNOWN:
+            return chunks.digest(number)
+        if not self._filled:
+            return None
+        if number in empty:
+            return chunks.zeros(number)
+        length = chunks.length(number)
+        control.admit(length)
+        os.posix_fadvise(target, number * CHUNK, length, os.POSIX_FADV_DONTNEED)  # where there is no direct I/O
+        return _read(target, number, length, buffer)
 
     # Proving
     def verify(self, control: Control) -> Verified:

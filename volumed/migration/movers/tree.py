@@ -27,16 +27,20 @@ def digest(workdir: Path) -> str:
 
 
 class TreeMover(Mover):
-    def __init__(self, source: Path, target: Path, workdir: Path, *, losses: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, source: Path, target: Path, workdir: Path, *, losses: frozenset[str] = frozenset(), filled: bool = False
+    ) -> None:
         """`losses`: words of `FilesystemDriver.cannot_hold` that the operator does without; what is named is neither
-        copied nor compared."""
+        copied nor compared. `filled`: the target was given the source's data as it was a while ago; files are read on
+        both sides, and only what differs is written."""
         super().__init__(source, target, workdir)
+        self._filled = filled
         self._losses = losses
         self._session: Session | None = None
 
     def _child(self) -> Session:
         if self._session is None:
-            self._session = Session(self.source, self.target, self.workdir, losses=self._losses)
+            self._session = Session(self.source, self.target, self.workdir, losses=self._losses, filled=self._filled)
         return self._session
 
     def estimate(self, control: Control) -> Estimate:

@@ -31,9 +31,12 @@ _AHEAD = 0.25  # seconds that a throttled copy may run ahead
 
 
 class Child:
-    def __init__(self, source: str, target: str, workdir: str, *, losses: frozenset[str], workers: int) -> None:
+    def __init__(
+        self, source: str, target: str, workdir: str, *, losses: frozenset[str], filled: bool, workers: int
+    ) -> None:
         self._source_path = source
-        self._source, self._target = _tree(source, losses), _tree(target, losses)
+        self._source = _tree(source, losses)
+        self._target = _tree(target, losses)._replace(filled=filled)
         self._pool = Pool(self._source, self._target, workers=workers)
         self._manifest = Manifest(Path(workdir) / "tree.db")
         self._rounds = Rounds(
@@ -181,5 +184,6 @@ if __name__ == "__main__":
         settings["target"],
         settings["workdir"],
         losses=frozenset(settings["losses"]),
+        filled=settings["filled"],
         workers=settings["workers"],
     ).serve()

@@ -52,11 +52,13 @@ class Entry(NamedTuple):
 
 
 class Tree(NamedTuple):
-    """One side. `losses`: what the target cannot hold and the operator does without."""
+    """One side. `losses`: what the target cannot hold and the operator does without. `filled`: of a target, which had a
+    copy of the source before anything was copied to it."""
 
     root: int
     project: int = 0  # of its root: the volume's own, for its quota
     losses: frozenset[str] = frozenset()
+    filled: bool = False
 
 
 def signature_of(found: os.stat_result) -> tuple[int, ...]:

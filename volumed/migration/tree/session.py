@@ -28,7 +28,7 @@ _LINE = 1 << 16
 
 
 class Session:
-    def __init__(self, source: Path, target: Path, workdir: Path, *, losses: Iterable[str]) -> None:
+    def __init__(self, source: Path, target: Path, workdir: Path, *, losses: Iterable[str], filled: bool) -> None:
         self._target = target
         workdir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._errors = (workdir / "tree.log").open("ab")
@@ -43,7 +43,13 @@ class Session:
         )
         self._buffer = b""
         self._rate = 0
-        settings = {"source": str(source), "target": str(target), "workdir": str(workdir), "losses": sorted(losses)}
+        settings: dict[str, Any] = {
+            "source": str(source),
+            "target": str(target),
+            "workdir": str(workdir),
+            "losses": sorted(losses),
+            "filled": filled,
+        }
         self._send(settings | {"workers": max(2, min(8, len(os.sched_getaffinity(0))))})
         self._counted = {"bytes": 0, "files": 0}
 

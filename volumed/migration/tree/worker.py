@@ -208,8 +208,28 @@ class Worker:
         try:
             return os.open(name, _NEW, mode, dir_fd=folder), None, None
         except FileExistsError:
+            filled = self._open_filled(folder, name, found) if self._target.filled else None
+            if filled is not None:
+                return *filled, False
             posix.remove_tree(folder, name)
             return os.open(name, _NEW, mode, dir_fd=folder), None, None
+
+    def _open_filled(self, folder: int, name: str, found: os.stat_result) -> tuple[int, Entry] | None:
+        """What somebody else copied, read back: its chunks are known then, and those that are right are neither written
+        nor compared again. None for what cannot be such a copy. One of several names is none: what is written to it is
+        written to the others as well."""
+        posix.unlock_each(folder, (name,))
+        there = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        if not stat.S_ISREG(there.st_mode) or there.st_nlink > 1 or found.st_nlink > 1 or not there.st_size:
+            return None
+        opened = os.open(name, _PATCH, dir_fd=folder)
+        try:
+            content.drop_cache(opened, there.st_size)
+            chunks = content.digests(opened, there.st_size, self._gate)
+        except BaseException:
+            os.close(opened)
+            raise
+        return opened, entries.describe("", there, b"", looked=0, chunks=chunks)
 
     @staticmethod
     def _open_known(folder: int, name: str, known: Entry) -> int | None:
