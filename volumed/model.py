@@ -339,6 +339,7 @@ class Migration(Record, frozen=True, kw_only=True, omit_defaults=True):
     node: str
     phase: MigrationPhase
     path: MovePath
+    carrier: MovePath | None = None  # of a native move: BLOCK or TREE, which proves it and brings it up to date
     source: Place
     target: Place
     created: datetime
@@ -362,3 +363,8 @@ class Migration(Record, frozen=True, kw_only=True, omit_defaults=True):
     kept_until: datetime | None = None
     reclaiming: bool = False  # the old place may be half gone: there is no way back to it
     returns: MigrationId | None = None  # the move that this one undoes, carrying back what was written since
+
+    @property
+    def carried_by(self) -> MovePath:
+        """BLOCK or TREE."""
+        return self.carrier or self.path

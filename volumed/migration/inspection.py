@@ -16,7 +16,7 @@ from volumed.host.allocation import data_extents
 from volumed.migration import planner
 from volumed.migration.losses import take_census
 from volumed.migration.movers.block import size_of
-from volumed.migration.places import carrier_of, device_of
+from volumed.migration.places import device_of
 from volumed.migration.planner import Plan, Wish
 from volumed.model import Binding, Engine, MovePath, Volume, now
 
@@ -36,7 +36,7 @@ class Inspection:
         others = [held for held in core.repository.bindings(volume.id) if held.engine is not Engine.VOLUMED]
         chosen = planner.choose_path(volume, source, target, in_use=bool(others), wish=wish)
         path, census = chosen.path, None
-        if carrier_of(path, target.driver) is MovePath.TREE:
+        if chosen.carrier is MovePath.TREE:
             with self.tree_of(volume) as root:
                 census = take_census(root)
         place = planner.shape_of(volume, target, wish, census)
@@ -51,6 +51,7 @@ class Inspection:
         )
         return Plan(
             path=path,
+            carrier=chosen.carrier,
             way=chosen.way,
             rejected=chosen.rejected,
             target=place,

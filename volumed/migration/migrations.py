@@ -101,6 +101,7 @@ class Migrations:
             node=self._core.node,
             phase=MigrationPhase.PLANNED,
             path=plan.path,
+            carrier=plan.carrier if plan.carrier is not plan.path else None,
             source=place_of(volume),
             target=plan.target,
             created=now(),

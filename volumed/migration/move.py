@@ -113,7 +113,7 @@ class Move:
                 raise Busy(f"is {volume.state}", subject=f"volume {volume.name}")
         made = self.migration.target
         if self.migration.path is not MovePath.NATIVE:  # which is born with its data: see `_seed`
-            made = self._site.other().make(at(volume, made), blank=self._site.carrier is MovePath.BLOCK)
+            made = self._site.other().make(at(volume, made), blank=self.migration.carried_by is MovePath.BLOCK)
         crash.point("migrate.made")
         self._advance(MigrationPhase.PREPARED, target=made)
 
@@ -130,7 +130,7 @@ class Move:
 
     def _mover_between(self, sides: Sides) -> Mover:
         workdir, filled = self._site.other().workdir, self.migration.path is MovePath.NATIVE
-        if self._site.carrier is MovePath.BLOCK:
+        if self.migration.carried_by is MovePath.BLOCK:
             return BlockMover(sides.source, sides.target, workdir, filled=filled)
         driver = self._core.backends.get(self.migration.target.backend).driver
         missing = driver.cannot_hold if isinstance(driver, FilesystemDriver) else frozenset()
@@ -142,7 +142,7 @@ class Move:
             self.step = Step("copying", self.migration.expected, self.control.bytes, time.monotonic())
             self.migration = self._records.change(self.migration.id, target=self._site.copy_natively(self.control))
         mover = self._open()
-        if self._site.carrier is MovePath.TREE:
+        if self.migration.carried_by is MovePath.TREE:
             self._check_losses(mover)
             mover.watch()
         estimate = mover.estimate(self.control)
@@ -175,7 +175,7 @@ class Move:
         mover, rounds = self._open(), 0
         while self._site.others(self._site.volume()):
             spent = 0.0
-            if self._site.carrier is MovePath.TREE:
+            if self.migration.carried_by is MovePath.TREE:
                 spent, rounds = self._copy(mover).seconds, rounds + 1
                 self._prove()
             reason = self._hold_and_finish(mover, rounds)
@@ -211,7 +211,7 @@ class Move:
         return ""
 
     def _writers(self, bindings: list[Binding]) -> Writers | None:
-        return self._stop_writers(self._site.volume(), bindings, freeze=self._site.carrier is MovePath.TREE)
+        return self._stop_writers(self._site.volume(), bindings, freeze=self.migration.carried_by is MovePath.TREE)
 
     @staticmethod
     def _predicted(mover: Mover) -> float:
@@ -260,7 +260,7 @@ class Move:
         mover = self._open()
         with self._site.locked() as volume:
             self._site.check_known(volume, known)
-            if self._site.carrier is MovePath.BLOCK and self._site.settle_device(volume, mover.source):
+            if self.migration.carried_by is MovePath.BLOCK and self._site.settle_device(volume, mover.source):
                 mover.watch()
             self._advance(MigrationPhase.QUIESCED)
             self._copy(mover, last=True)
@@ -288,7 +288,7 @@ class Move:
         """It is whole, on stable storage, and may be mounted as the volume from now on."""
         target = at(volume, self.migration.target)
         source_size, place = self.migration.source.size, self._site.other()
-        block = self._site.carrier is MovePath.BLOCK
+        block = self.migration.carried_by is MovePath.BLOCK
         grows = block and target.size and source_size and target.size > source_size
         mover, self._mover = self._open(), None
         if grows:
@@ -347,7 +347,7 @@ class Move:
     def _begin_last_round_again(self) -> None:
         """A crash, or an error, between holding still and the commit point."""
         self.let_go()
-        if self._site.carrier is MovePath.TREE:
+        if self.migration.carried_by is MovePath.TREE:
             self._open().watch()
         self._advance(MigrationPhase.CONVERGING)
 

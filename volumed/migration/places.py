@@ -12,7 +12,7 @@ from volumed.core.core import Core
 from volumed.core.presence import Presence, handle_of
 from volumed.core.provision import Provision
 from volumed.core.reach import Reach, attacher
-from volumed.driver import BlockDriver, Driver, SupportsSnapshots, Tell
+from volumed.driver import BlockDriver, SupportsSnapshots, Tell
 from volumed.errors import NotSupported
 from volumed.model import Migration, MovePath, Ownership, Place, Snapshot, Volume
 
@@ -131,13 +131,6 @@ def device_of(volume: Volume, backend: Backend, presence: Presence) -> Path:
     if not isinstance(driver, BlockDriver):
         raise NotSupported("has no devices", subject=f"backend {backend.name}")
     return presence.device(volume, driver)
-
-
-def carrier_of(path: MovePath, target: Driver) -> MovePath:
-    """BLOCK or TREE: what proves a copy that the storage made, and brings it up to date; else the path itself."""
-    if path is not MovePath.NATIVE:
-        return path
-    return MovePath.BLOCK if isinstance(target, BlockDriver) else MovePath.TREE
 
 
 def source_and_target(migration: Migration, volume: Volume) -> tuple[Volume, Volume]:

@@ -48,6 +48,7 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     path: MovePath
+    carrier: MovePath  # BLOCK or TREE: what proves a native copy, and brings it up to date; else the path itself
     way: str  # of the native path: how the storage copies, for people
     rejected: Mapping[str, str]  # better paths, and why each cannot be taken
     target: Place
@@ -62,6 +63,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 class Chosen(NamedTuple):
     path: MovePath
+    carrier: MovePath
     way: str = ""  # how the storage copies, for people
     rejected: Mapping[str, str] = {}
 
@@ -71,7 +73,10 @@ def choose_path(volume: Volume, source: Backend, target: Backend, *, in_use: boo
     rejected: dict[str, str] = {}
     for path in [_named_path(wish.path)] if wish.path else MovePath:
         try:
-            return Chosen(path, _WAYS[path](volume, source, target, in_use=in_use, wish=wish), rejected)
+            way = _WAYS[path](volume, source, target, in_use=in_use, wish=wish)
+            by_device = isinstance(target.driver, BlockDriver)
+            carrier = path if path is not MovePath.NATIVE else MovePath.BLOCK if by_device else MovePath.TREE
+            return Chosen(path, carrier, way, rejected)
         except NotSupported as error:
             if wish.path:
                 raise NotSupported(f"cannot go by {path}: {error.text}", subject=f"volume {volume.name}") from None

@@ -15,7 +15,7 @@ from volumed.driver import BlockDriver
 from volumed.errors import InUse, NotFound, VolumedError
 from volumed.host.holders import holders_of_mount, is_claimed
 from volumed.migration.movers.mover import Control
-from volumed.migration.places import OtherPlace, at, carrier_of, device_of, source_and_target
+from volumed.migration.places import OtherPlace, at, device_of, source_and_target
 from volumed.model import Binding, Engine, Migration, MovePath, Place, Volume, now
 from volumed.testing import crash
 
@@ -59,10 +59,6 @@ class Site:
     def backend(self, volume: Volume) -> Backend:
         return self._core.backends.get(volume.backend)
 
-    @property
-    def carrier(self) -> MovePath:
-        return carrier_of(self.migration.path, self._core.backends.get(self.migration.target.backend).driver)
-
     @contextlib.contextmanager
     def locked(self) -> Iterator[Volume]:
         with self._core.locks.hold(self.migration.volume_id, subject=f"volume {self.migration.volume_name}"):
@@ -75,7 +71,7 @@ class Site:
 
     def take(self) -> None:
         """Hold the volume on this node: its tree stays mounted, or its device mapped, whoever comes and goes."""
-        core, block = self._core, self.carrier is MovePath.BLOCK
+        core, block = self._core, self.migration.carried_by is MovePath.BLOCK
         with self.locked() as volume:
             others = self.others(volume)
             held = core.repository.binding(volume.id, node=core.node, engine=Engine.VOLUMED, mount_id=self.migration.id)
@@ -118,11 +114,11 @@ class Site:
         with self.locked() as volume:
             source, target = source_and_target(self.migration, volume)
             backend, presence = self.backend(source), self._core.mounts.presence
-            if self.carrier is MovePath.TREE:
+            if self.migration.carried_by is MovePath.TREE:
                 there = backend.call(lambda: presence.establish(source, backend.driver))
             else:
                 there = backend.call(lambda: device_of(source, backend, presence))
-            return Sides(there, self.other().open(target, self.carrier))
+            return Sides(there, self.other().open(target, self.migration.carried_by))
 
     def copy_natively(self, control: Control) -> Place:
         """The target, with what the source has now, by the storage itself. It is proven, and brought up to date, as any

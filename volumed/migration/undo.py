@@ -9,7 +9,7 @@ import msgspec
 from volumed.core.core import Core
 from volumed.core.mounts import describe_each
 from volumed.errors import InUse, PreconditionFailed
-from volumed.migration.places import at, carrier_of, place_of
+from volumed.migration.places import at, place_of
 from volumed.migration.records import Records
 from volumed.model import Migration, MigrationPhase, Volume, VolumeState, new_migration_id, now
 from volumed.store.repository import Repository, Transaction
@@ -75,7 +75,7 @@ class Undo:
             volume_name=volume.name,
             node=self._core.node,
             phase=MigrationPhase.PREPARED,
-            path=carrier_of(migration.path, self._core.backends.get(migration.source.backend).driver),
+            path=migration.carried_by,
             source=place_of(volume),
             target=migration.source,
             created=now(),

@@ -103,7 +103,9 @@ class Verifications:
         with context.request(context.request_id.get()), self._folder() as folder:
             tell(f"reading {volume.backend}")
             changed = self._changed_since(volume, moved) if moved else ""
-            by_blocks = volume.mode is VolumeMode.BLOCK or bool(moved and moved.path is MovePath.BLOCK and not changed)
+            by_blocks = volume.mode is VolumeMode.BLOCK or bool(
+                moved and moved.carried_by is MovePath.BLOCK and not changed
+            )
             found = (self._read_blocks if by_blocks else self._read_tree)(volume, folder / "volume", control)
             comparisons = []
             if moved is not None:
@@ -171,10 +173,10 @@ class Verifications:
         rewritten = repository.touched(volume.id, rewritten=True)
         if rewritten and rewritten > moment:
             return f"was put back to another state at {rewritten:%Y-%m-%d %H:%M:%S}Z"
-        if moved.path is MovePath.BLOCK and moved.target.size != moved.source.size:
+        if moved.carried_by is MovePath.BLOCK and moved.target.size != moved.source.size:
             return "was given another size by its move, which its blocks show"
         touched = repository.touched(volume.id)
-        if moved.path is MovePath.BLOCK and touched and touched > moment:
+        if moved.carried_by is MovePath.BLOCK and touched and touched > moment:
             return f"was mounted or grown since, at {touched:%Y-%m-%d %H:%M:%S}Z, which its blocks show"
         if moment < now() - timedelta(seconds=self._core.settings.history):
             return "was moved longer ago than the history of its users reaches"
@@ -212,22 +214,22 @@ class Verifications:
             if self._records.get(moved.id).phase is not MigrationPhase.KEPT:
                 return Comparison(against=against, outcome=Outcome.UNKNOWN, text="it went while the volume was read")
             try:
-                path = place.open(source, moved.path)
-                mover = (BlockMover if moved.path is MovePath.BLOCK else TreeMover)(path, path, folder)
-                found = _read(mover, moved.path, control)
+                path = place.open(source, moved.carried_by)
+                mover = (BlockMover if moved.carried_by is MovePath.BLOCK else TreeMover)(path, path, folder)
+                found = _read(mover, moved.carried_by, control)
             except VolumedError as error:
                 control.check()
                 return Comparison(against=against, outcome=Outcome.DIFFERENT, text=f"cannot be read: {error}")
             finally:
                 place.close(source)
-        return compare(found, Kept(moved.path, moved.digest, place.workdir), against=against)
+        return compare(found, Kept(moved.carried_by, moved.digest, place.workdir), against=against)
 
     def _with_record(self, found: Found, moved: Migration, changed: str) -> Comparison:
         against = f"the record of move {moved.id} from {moved.source.backend}"
         driver = self._core.backends.get(moved.target.backend).driver
         missing = driver.cannot_hold if isinstance(driver, FilesystemDriver) else frozenset[str]()
         workdir = self._workdirs / moved.id
-        kept = Kept(moved.path, moved.digest, workdir, named(missing, moved.accepted))
+        kept = Kept(moved.carried_by, moved.digest, workdir, named(missing, moved.accepted))
         return compare(found, kept, against=against, changed=changed)
 
 

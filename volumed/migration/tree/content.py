@@ -160,22 +160,6 @@ def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
         done = os.pwrite(descriptor, data, offset)
 
 
-def digests(descriptor: int, size: int, gate: Gate) -> bytes:
-    """Of the chunks that are there."""
-    found: list[bytes] = []
-    hole_until = 0
-    for offset in range(0, size, CHUNK):
-        if offset >= hole_until:
-            hole_until = _next_data(descriptor, offset, size)
-        length = min(CHUNK, size - offset)
-        if offset + length <= hole_until:
-            found.append(HOLE)
-            continue
-        gate(length)
-        found.append(_chunk_digest(os.pread(descriptor, length, offset)))
-    return b"".join(found)
-
-
 def drop_cache(descriptor: int, size: int) -> None:
     """What is read next comes from storage; pages that are not on storage yet stay, so sync first."""
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

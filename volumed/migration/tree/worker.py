@@ -225,7 +225,7 @@ class Worker:
         opened = os.open(name, _PATCH, dir_fd=folder)
         try:
             content.drop_cache(opened, there.st_size)
-            chunks = content.digests(opened, there.st_size, self._gate)
+            chunks = content.digests(opened, there, self._gate)
         except BaseException:
             os.close(opened)
             raise
