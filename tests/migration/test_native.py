@@ -17,6 +17,7 @@ from tests.harness.volumed import ApiError, Volumed
 from tests.migration import trees
 from tests.migration.conftest import Mover
 from tests.migration.test_crash import data_of, fill, survive
+from tests.migration.test_verify import outcomes, verified
 
 pytestmark = pytest.mark.root
 MIB = 1 << 20
@@ -93,8 +94,7 @@ def test_it_is_chosen_explained_and_proven(mover: Mover, pair: tuple[str, str]) 
     assert moved["phase"] == "kept", moved
     assert (moved["path"], moved["copied"]) == ("native", 0), moved  # this machine wrote nothing of it
     assert len(moved["digest"]) == 64
-    *_, verified = mover.volumed.api.lines("volumes", "data", "verify")
-    assert [each["outcome"] for each in verified["comparisons"]] == ["equal", "equal"]  # and the source
+    assert outcomes(verified(mover)) == ["equal", "equal"]  # with its record, and so is the source
     assert data_of(mover.mount("data")) == held
     mover.unmount("data")
     assert left(mover) == []

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,7 @@ def sides(make_filesystem: MakeFilesystem) -> Iterator[tuple[Path, Path]]:
 
 
 @contextmanager
-def mover_of(source: Path, target: Path, workdir: Path, **more: frozenset[str]) -> Iterator[TreeMover]:
+def mover_of(source: Path, target: Path, workdir: Path, **more: Any) -> Iterator[TreeMover]:
     mover = TreeMover(source, target, workdir, **more)
     try:
         yield mover
