@@ -137,6 +137,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid
     history: float = 30 * 86400.0  # how long ended bindings are kept
     reconcile_interval: float = 30.0
     consumer_grace: float = 30.0  # how long a container must be gone before its binding is dropped
+    live_moves: bool = True  # block volumes lie under device-mapper where the machine has it
     operation_timeout: float = 100.0  # below Docker's patience of 120 s for Create and Mount
     docker: DockerSettings = DockerSettings()
     admin: AdminSettings = AdminSettings()

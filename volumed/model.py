@@ -313,6 +313,7 @@ class MovePath(enum.StrEnum):
     """How the data gets there."""
 
     NATIVE = "native"  # the storage copies by itself
+    LIVE = "live"  # from device to device by the kernel, under whoever uses it
     BLOCK = "block"  # from device to device
     TREE = "tree"  # from mounted tree to mounted tree
 
@@ -339,7 +340,7 @@ class Migration(Record, frozen=True, kw_only=True, omit_defaults=True):
     node: str
     phase: MigrationPhase
     path: MovePath
-    carrier: MovePath | None = None  # of a native move: BLOCK or TREE, which proves it and brings it up to date
+    carrier: MovePath | None = None  # of a native or live move: BLOCK or TREE, whichever the two places are
     source: Place
     target: Place
     created: datetime

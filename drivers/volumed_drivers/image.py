@@ -101,6 +101,7 @@ class ImageDriver(
 ):
     BackendOptions = ImageOptions
     VolumeOptions = ImageVolumeOptions
+    block_size = ALIGNMENT
     capabilities: ClassVar[frozenset[Capability]] = frozenset(
         {Capability.SIZE, Capability.SNAPSHOT_LIVE, Capability.CLONE_LIVE}
     )

@@ -31,7 +31,7 @@ FAILED = 1
 @click.option("--to", "backend", required=True, metavar="BACKEND", help="Where to.")
 @click.option("-n", "--dry-run", is_flag=True, help="Show the plan and what would be lost, and do nothing.")
 @click.option("--detach", is_flag=True, help="Begin it and return.")
-@click.option("--path", default="", help="block or tree; default: the best that can be taken.")
+@click.option("--path", default="", help="native, live, block or tree; default: the best that can be taken.")
 @click.option("--size", metavar="SIZE", help="Of the volume at its new place; default: as it is.")
 @click.option("--fs", default="", help="File system at its new place; default: as it is.")
 @click.option("--bandwidth", metavar="SIZE", help="A second, as 200m; default: as fast as it goes.")
@@ -95,7 +95,8 @@ def _body(
 def _show_plan(session: Session, volume: str, plan: dict[str, Any]) -> None:
     target = plan["target"]
     kind = f", {target['filesystem']}" if target["filesystem"] else ""
-    pause = f"about {_time(plan['pause'])}" if plan["pause"] else "none: nobody uses it"
+    none = "none: it is moved under its users" if plan["touched"] else "none: nobody uses it"
+    pause = f"about {_time(plan['pause'])}" if plan["pause"] else none
     session.output.fields(
         plan,
         {

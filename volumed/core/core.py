@@ -26,6 +26,7 @@ from volumed.core.health import Health
 from volumed.core.helpers import HelperWatch
 from volumed.core.imports import Imports
 from volumed.core.journal import Journal
+from volumed.core.layer import Layer
 from volumed.core.locks import KeyedLocks
 from volumed.core.metrics import Metrics
 from volumed.core.mounts import Mounts
@@ -80,7 +81,8 @@ class Core:
         mounts_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
         self.reach = Reach(node=self.node, repository=self.repository, backends=self.backends)
         self.encryption = Encryption(settings.keys, host)
-        presence = Presence(host, mounts_dir, self.reach, self.encryption)
+        layer = Layer(host, wanted=settings.live_moves)
+        presence = Presence(host, mounts_dir, self.reach, self.encryption, layer)
         self.mounts = Mounts(
             node=self.node,
             repository=self.repository,

@@ -173,7 +173,7 @@ class Doctor:
             yield _Case(finding, fix)
 
     def _opened(self) -> Iterator[_Case]:
-        """Encrypted devices that are open for no volume of the ledger."""
+        """Nodes of device-mapper for no volume of the ledger: of encrypted devices, and those over devices."""
         for stored_as, path in sorted(self._encryption.nodes().items()):
             known = self._repository.volume_stored_as(stored_as) or self._repository.migration_holding(stored_as)
             if known is None:
@@ -185,6 +185,17 @@ class Doctor:
                     action="close it",
                 )
                 yield _Case(finding, partial(self._encryption.close_node, path))
+        layer = self._presence.layer
+        for volume_id, path in sorted(layer.nodes().items()):
+            if self._repository.volume(volume_id) is None:
+                finding = Finding(
+                    id=f"node:{path.name}",
+                    kind="orphan-device",
+                    subject=str(path),
+                    text="is there for no volume of the ledger",
+                    action="remove it",
+                )
+                yield _Case(finding, partial(layer.remove_node, path))
 
     def _containers(self) -> Iterator[_Case]:
         for name, container in sorted(self._bindings.missing_mounts()):

@@ -23,6 +23,7 @@ from volumed.testing import crash
 
 if TYPE_CHECKING:
     from volumed.core.encryption import Encryption
+    from volumed.core.layer import Layer
     from volumed.core.reach import Reach
 
 
@@ -51,11 +52,12 @@ def handle_of(volume: Volume) -> Handle:
 
 
 class Presence:
-    def __init__(self, host: Host, mounts_dir: Path, reach: Reach, encryption: Encryption) -> None:
+    def __init__(self, host: Host, mounts_dir: Path, reach: Reach, encryption: Encryption, layer: Layer) -> None:
         self.host = host
         self.mounts_dir = mounts_dir
         self._reach = reach
         self._encryption = encryption
+        self.layer = layer
         self._mounted: set[VolumeId] = set()  # a memory of the mount table, renewed by every `scan`
         self._remembering = threading.Lock()  # a scan must not forget what was mounted while it read
 
@@ -93,9 +95,9 @@ class Presence:
         below = driver.mapped(handle)
         if not self.host.is_mountpoint(target):
             return Observed.ABSENT if below is None else Observed.MAPPED
-        device = self._encryption.node(volume, below)
+        device = self.layer.shown(volume.id, self._encryption.node(volume, below))
         if below is None:
-            # Under an encrypted one the node that was opened stays when its disk has gone.
+            # A node of device-mapper's over it stays when its disk has gone.
             lost = self._is_lost(volume, target) if device is None else self._is_of(volume, target, device)
             return Observed.LOST if lost else Observed.FOREIGN
         return Observed.MOUNTED if device and self._is_of(volume, target, device) else Observed.FOREIGN
@@ -195,10 +197,11 @@ class Presence:
     def _mount_device(
         self, volume: Volume, driver: BlockDriver, handle: Handle, target: Path, *, options: Sequence[str]
     ) -> None:
+        fresh = self._is_fresh(volume, driver)
         below = driver.map(handle)
         crash.point("mount.mapped")
         try:
-            device = self._encryption.opened(volume, below)
+            device = self.layer.over(volume, self._encryption.opened(volume, below), fresh=fresh)
             if volume.filesystem is None:
                 self.host.bind(device, target)
             else:
@@ -230,12 +233,25 @@ class Presence:
 
     def unmap(self, volume: Volume, driver: BlockDriver) -> None:
         """No device of it on this node any more. Raises InUse."""
+        if self.layer.node(volume.id) is not None:
+            self.layer.remove(volume.id, self.bare(volume, driver))
         self._encryption.close(volume)
         driver.unmap(handle_of(volume))
 
     def mapped(self, volume: Volume, driver: BlockDriver) -> Path | None:
-        """Its device on this node, opened, or None. Never maps."""
+        """Its device on this node, as it is used, or None. Never maps."""
+        return self.layer.shown(volume.id, self.bare(volume, driver))
+
+    def bare(self, volume: Volume, driver: BlockDriver) -> Path | None:
+        """As `mapped`, below the node that a live move needs."""
         return self._encryption.node(volume, driver.mapped(handle_of(volume)))
+
+    def _is_fresh(self, volume: Volume, driver: BlockDriver) -> bool:
+        """Whether nobody can have its device open, to whom the node over it would come too late. A mounted file
+        system's is claimed, which shows; a raw device's user claims nothing."""
+        if not self.layer.wanted or volume.mode is VolumeMode.FILESYSTEM:
+            return True
+        return driver.mapped(handle_of(volume)) is None
 
     def forget(self, volume_id: VolumeId) -> None:
         """The mount point of a volume that goes for good. Raises HostError when it holds files: somebody wrote them
@@ -244,7 +260,8 @@ class Presence:
 
     def device(self, volume: Volume, driver: BlockDriver) -> Path:
         """On this node, with nothing mounted; `remove` takes it away."""
-        return self._encryption.opened(volume, self._below(volume, driver))
+        fresh = self._is_fresh(volume, driver)
+        return self.layer.over(volume, self._encryption.opened(volume, self._below(volume, driver)), fresh=fresh)
 
     def _below(self, volume: Volume, driver: BlockDriver) -> Path:
         """The device as its storage has it."""
@@ -268,8 +285,12 @@ class Presence:
     def resize(self, volume: Volume, driver: BlockDriver) -> None:
         """What is over the device as large as the device has become."""
         below = driver.mapped(handle_of(volume))
-        if below is not None:
-            self._encryption.resize(volume, below)
+        if below is None:
+            return
+        self._encryption.resize(volume, below)
+        opened = self._encryption.node(volume, below)
+        if opened is not None:
+            self.layer.resize(volume.id, opened)
 
     @contextlib.contextmanager
     def looked_at(self, volume: Volume, driver: BlockDriver) -> Iterator[Path]:

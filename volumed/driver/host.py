@@ -107,6 +107,8 @@ class Host(ABC):
 
     # This daemon's own folder, for what a driver keeps or mounts beside its volumes; empty after a boot.
     runtime_dir: Path = Path("/run/volumed")
+    # Whether the kernel has device-mapper, and dmsetup is installed.
+    device_mapper: bool = False
 
     @abstractmethod
     def run(

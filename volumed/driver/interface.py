@@ -171,7 +171,12 @@ class FilesystemDriver(Driver):
 
 
 class BlockDriver(Driver):
-    """Storage that holds devices. Core makes, checks, grows and mounts the file system on them."""
+    """Storage that holds devices. Core makes, checks, grows and mounts the file system on them.
+
+    `block_size`: bytes of their logical blocks, at least: what was used with smaller ones is not moved here in use.
+    """
+
+    block_size: ClassVar[int] = 512
 
     @abstractmethod
     def map(self, handle: Handle) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from volumed.driver import Completed, FileExtent, Helper, Host, Loop, MountEntry, Revived, Tell, TreeStatus, Worker
 from volumed.errors import HostError, NotSupported
-from volumed.host import devices, extents, holders, loop, mounts, network, quota, revive
+from volumed.host import devices, extents, holders, loop, mapper, mounts, network, quota, revive
 from volumed.host.helpers import Helpers
 from volumed.host.pipe import pipe
 from volumed.host.run import run
@@ -26,6 +26,7 @@ UNMOUNT_TIMEOUT = 30.0
 class LinuxHost(Host):
     def __init__(self, runtime_dir: Path = Host.runtime_dir) -> None:
         self.runtime_dir = runtime_dir
+        self.device_mapper = mapper.available()
         self._table = mounts.MountTable()
         self._helpers = Helpers(runtime_dir / "helpers")
 

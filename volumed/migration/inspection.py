@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from volumed.core.backends import Backend
 from volumed.core.core import Core
 from volumed.core.mounts import describe_each
 from volumed.core.presence import handle_of
-from volumed.driver import Capability
+from volumed.driver import BlockDriver, Capability
 from volumed.errors import NotSupported
+from volumed.host import mapper
 from volumed.host.allocation import data_extents
 from volumed.migration import planner
 from volumed.migration.losses import take_census
@@ -34,13 +36,16 @@ class Inspection:
                 f"lies on backend {source.name} already", subject=f"volume {volume.name}", hint="name another backend"
             )
         others = [held for held in core.repository.bindings(volume.id) if held.engine is not Engine.VOLUMED]
-        chosen = planner.choose_path(volume, source, target, in_use=bool(others), wish=wish)
+        no_live = self._no_live(volume, target, others)
+        chosen = planner.choose_path(volume, source, target, in_use=bool(others), wish=wish, no_live=no_live)
         path, census = chosen.path, None
         if chosen.carrier is MovePath.TREE:
             with self.tree_of(volume) as root:
                 census = take_census(root)
         place = planner.shape_of(volume, target, wish, census)
         amount = census.bytes if census else self._allocated(volume)
+        if path is MovePath.LIVE:
+            amount = volume.size or amount  # the kernel copies all of it
         seconds = planner.estimated_seconds(
             path, amount=amount, files=census.files if census else 0, bandwidth=wish.bandwidth
         )
@@ -55,7 +60,7 @@ class Inspection:
             way=chosen.way,
             rejected=chosen.rejected,
             target=place,
-            phases=tuple(map(str, planner.PHASES)),
+            phases=tuple(map(str, planner.phases_of(path))),
             bytes=amount,
             files=census.files if census else 0,
             seconds=seconds,
@@ -72,6 +77,21 @@ class Inspection:
                 )
             ),
         )
+
+    def _no_live(self, volume: Volume, target: Backend, others: Sequence[Binding]) -> str:
+        """What keeps this machine from moving it under its users; empty when nothing does."""
+        core = self._core
+        elsewhere = sorted({held.node for held in others} - {core.node})
+        if elsewhere:
+            return f"node {', '.join(elsewhere)} uses it as well"
+        node = core.mounts.presence.layer.node(volume.id)
+        if node is not None and isinstance(target.driver, BlockDriver):
+            least = mapper.logical_block_size(node)
+            larger = target.driver.block_size > least
+            return f"it is used in blocks of {least} bytes, and they are larger there" if larger else ""
+        if not core.mounts.presence.layer.wanted:
+            return "device-mapper is not there, or live-moves = false"
+        return "it was mounted without device-mapper"
 
     @contextlib.contextmanager
     def tree_of(self, volume: Volume) -> Iterator[Path]:

@@ -16,6 +16,7 @@ from volumed.errors import InvalidRequest, PreconditionFailed, VolumedError
 from volumed.migration import losses
 from volumed.migration.copies import Copies
 from volumed.migration.inspection import Inspection
+from volumed.migration.live import LiveMove
 from volumed.migration.move import Move, Step, StopWriters
 from volumed.migration.movers.mover import Control, Stopped
 from volumed.migration.places import OtherPlace, at, place_of
@@ -24,7 +25,7 @@ from volumed.migration.records import Records
 from volumed.migration.site import Site
 from volumed.migration.undo import Undo, refuse_second
 from volumed.migration.verification import Verifications
-from volumed.model import Engine, Migration, MigrationPhase, Volume, VolumeState, new_migration_id, now
+from volumed.model import Engine, Migration, MigrationPhase, MovePath, Volume, VolumeState, new_migration_id, now
 from volumed.testing import crash
 
 _log = logging.getLogger(__name__)
@@ -293,7 +294,8 @@ class Migrations:
         """Whether it is to be tried again."""
         migration = self.get(migration_id)
         control.rate = migration.bandwidth
-        move = Move(self._core, self._records, migration, control, self._stop_writers)
+        kind = LiveMove if migration.path is MovePath.LIVE else Move
+        move = kind(self._core, self._records, migration, control, self._stop_writers)
         if _rests(migration):
             move.let_go()
             return False

@@ -9,6 +9,7 @@ import msgspec
 
 from volumed.core.backends import Backend
 from volumed.core.core import Core
+from volumed.core.layer import NoLayer
 from volumed.core.presence import Presence, handle_of
 from volumed.core.provision import Provision
 from volumed.core.reach import Reach, attacher
@@ -73,7 +74,7 @@ class OtherPlace:
         mounts_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._backends = core.backends
         reach = OtherReach(node=core.node, repository=core.repository, backends=core.backends)
-        self._presence = Presence(core.host, mounts_dir, reach, core.encryption)
+        self._presence = Presence(core.host, mounts_dir, reach, core.encryption, NoLayer(core.host))
         self._provision = Provision(presence=self._presence, mounts=core.mounts, locks=core.locks)
 
     def make(self, volume: Volume, *, blank: bool) -> Place:

@@ -10,7 +10,7 @@ import msgspec
 from volumed.core.backends import Backend
 from volumed.core.options import read_options
 from volumed.core.placement import DEFAULT_FILESYSTEM, DEFAULT_SIZE
-from volumed.driver import BlockDriver, Capability, FilesystemDriver, SupportsNativeCopy
+from volumed.driver import BlockDriver, Capability, FilesystemDriver, SupportsAttach, SupportsNativeCopy
 from volumed.errors import BackendUnavailable, InvalidRequest, NotSupported, OutOfRange
 from volumed.host import filesystems
 from volumed.migration.losses import Census, Loss, of_tree
@@ -18,7 +18,7 @@ from volumed.model import MigrationPhase, MovePath, Place, Snapshot, Volume, Vol
 from volumed.units import format_size
 
 # Until a move of the same kind was seen here: bytes a second, files a second. Of one ordinary local disk.
-BYTE_RATE = {MovePath.NATIVE: 1 << 30, MovePath.BLOCK: 400 << 20, MovePath.TREE: 150 << 20}
+BYTE_RATE = {MovePath.NATIVE: 1 << 30, MovePath.LIVE: 300 << 20, MovePath.BLOCK: 400 << 20, MovePath.TREE: 150 << 20}
 FILE_RATE = 8_000
 # A target's file system needs room for itself beside the data.
 OVERHEAD = 1.15
@@ -28,6 +28,11 @@ PHASES = (
     *(MigrationPhase.PREPARED, MigrationPhase.SEEDING, MigrationPhase.CONVERGING, MigrationPhase.QUIESCED),
     *(MigrationPhase.VERIFIED, MigrationPhase.CUTOVER, MigrationPhase.KEPT, MigrationPhase.DONE),
 )
+
+
+def phases_of(path: MovePath) -> tuple[MigrationPhase, ...]:
+    """Those that a move by this path goes through: under a live one nobody holds still."""
+    return tuple(phase for phase in PHASES if path is not MovePath.LIVE or phase is not MigrationPhase.QUIESCED)
 
 
 class Wish(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,7 +53,7 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     path: MovePath
-    carrier: MovePath  # BLOCK or TREE: what proves a native copy, and brings it up to date; else the path itself
+    carrier: MovePath  # BLOCK or TREE: of a native copy what proves it and brings it up to date
     way: str  # of the native path: how the storage copies, for people
     rejected: Mapping[str, str]  # better paths, and why each cannot be taken
     target: Place
@@ -68,23 +73,32 @@ class Chosen(NamedTuple):
     rejected: Mapping[str, str] = {}
 
 
-def choose_path(volume: Volume, source: Backend, target: Backend, *, in_use: bool, wish: Wish) -> Chosen:
-    """The best that can be taken, or the one that was named; and why no better one. Raises NotSupported."""
+def choose_path(volume: Volume, source: Backend, target: Backend, *, in_use: bool, wish: Wish, no_live: str) -> Chosen:
+    """The best that can be taken, or the one that was named; and why no better one. Raises NotSupported. `no_live`:
+    what keeps this machine from moving it under its users, if anything does."""
     rejected: dict[str, str] = {}
+    by_device = isinstance(source.driver, BlockDriver), isinstance(target.driver, BlockDriver)
     for path in [_named_path(wish.path)] if wish.path else MovePath:
         try:
             way = _WAYS[path](volume, source, target, in_use=in_use, wish=wish)
-            by_device = isinstance(target.driver, BlockDriver)
-            carrier = path if path is not MovePath.NATIVE else MovePath.BLOCK if by_device else MovePath.TREE
+            _allow(no_live if path is MovePath.LIVE else "")
+            carried = path not in (MovePath.NATIVE, MovePath.LIVE)
+            carrier = path if carried else MovePath.BLOCK if by_device[1] else MovePath.TREE
             return Chosen(path, carrier, way, rejected)
         except NotSupported as error:
             if wish.path:
                 raise NotSupported(f"cannot go by {path}: {error.text}", subject=f"volume {volume.name}") from None
-            rejected[str(path)] = error.text
+            if path is not MovePath.LIVE or (in_use and all(by_device)):
+                rejected[str(path)] = error.text
     raise NotSupported(
         "cannot be moved there: " + "; ".join(f"{path}: {reason}" for path, reason in rejected.items()),
         subject=f"volume {volume.name}",
     )
+
+
+def _allow(reason: str) -> None:
+    if reason:
+        raise NotSupported(reason)
 
 
 def _named_path(text: str) -> MovePath:
@@ -105,6 +119,21 @@ def _native(volume: Volume, source: Backend, target: Backend, *, in_use: bool, w
     if isinstance(driver, BlockDriver):
         _blocks(volume, source, target, in_use=in_use, wish=wish)
     return way
+
+
+def _live(volume: Volume, source: Backend, target: Backend, *, in_use: bool, wish: Wish) -> str:
+    """Raises NotSupported with the reason why the kernel cannot take it there under its users."""
+    if not in_use:
+        raise NotSupported("nobody uses it")
+    _blocks(volume, source, target, in_use=False, wish=wish)
+    for backend in (source, target):
+        if isinstance(backend.driver, SupportsAttach):
+            raise NotSupported(f"what backend {backend.name} attaches to machines is not exchanged in use yet")
+    if wish.bandwidth:
+        raise NotSupported("the kernel keeps to no --bandwidth")
+    if wish.wait:
+        raise NotSupported("it is to wait until nobody uses it")
+    return ""
 
 
 def _blocks(volume: Volume, source: Backend, target: Backend, *, in_use: bool, wish: Wish) -> str:
@@ -139,7 +168,7 @@ def _tree(volume: Volume, source: Backend, target: Backend, *, in_use: bool, wis
     return ""
 
 
-_WAYS = {MovePath.NATIVE: _native, MovePath.BLOCK: _blocks, MovePath.TREE: _tree}
+_WAYS = {MovePath.NATIVE: _native, MovePath.LIVE: _live, MovePath.BLOCK: _blocks, MovePath.TREE: _tree}
 
 
 def shape_of(volume: Volume, target: Backend, wish: Wish, census: Census | None) -> Place:
@@ -221,7 +250,8 @@ def estimated_seconds(path: MovePath, *, amount: int, files: int, bandwidth: int
 
 
 def estimated_pause(path: MovePath, *, amount: int, in_use: bool) -> float:
-    """Seconds for which its users wait: a tree's last round is short; a device in use is read again as a whole."""
-    if not in_use:
+    """Seconds for which its users wait: a tree's last round is short; a device in use is read again as a whole; a live
+    move has them wait for the milliseconds in which the kernel swaps a table."""
+    if not in_use or path is MovePath.LIVE:
         return 0.0
     return 1.0 if path is MovePath.TREE else round(amount * 1.5 / BYTE_RATE[path], 1)

@@ -166,6 +166,8 @@ class Site:
         with self.locked() as volume:
             source, target = source_and_target(self.migration, volume)
             old, new = self.backend(source), self.backend(target)
+            if self.migration.path is MovePath.LIVE:
+                self.lead(target)
             shown = new.call(lambda: presence.observe(target, new.driver))
             if shown is not Observed.MOUNTED and (
                 old.call(lambda: presence.observe(source, old.driver)) is not Observed.FOREIGN
@@ -181,6 +183,21 @@ class Site:
                 new.call(lambda: presence.establish(target, new.driver))
             else:
                 new.call(lambda: presence.remove(target, new.driver))
+
+    def lead(self, place: Volume) -> float:
+        """The volume's node to this place alone, if it is there at all; see `Layer.lead`. The caller holds the volume's
+        lock."""
+        backend, presence = self.backend(place), self._core.mounts.presence
+        device = self.bare(place)
+        return 0.0 if device is None else backend.call(lambda: presence.layer.lead(place.id, device))
+
+    def bare(self, place: Volume) -> Path | None:
+        """Its device on this node, below the volume's node."""
+        backend = self.backend(place)
+        driver = backend.driver
+        if not isinstance(driver, BlockDriver) or place.handle is None:
+            return None
+        return backend.call(lambda: self._core.mounts.presence.bare(place, driver))
 
     def check_path_unheld(self, volume: Volume) -> None:
         """By a process of this machine, outside of containers: then the new place could not be shown there after the

@@ -11,7 +11,7 @@ from volumed.core.mounts import describe_each
 from volumed.errors import InUse, PreconditionFailed
 from volumed.migration.places import at, place_of
 from volumed.migration.records import Records
-from volumed.model import Migration, MigrationPhase, Volume, VolumeState, new_migration_id, now
+from volumed.model import Migration, MigrationPhase, MovePath, Volume, VolumeMode, VolumeState, new_migration_id, now
 from volumed.store.repository import Repository, Transaction
 from volumed.testing import crash
 
@@ -75,7 +75,7 @@ class Undo:
             volume_name=volume.name,
             node=self._core.node,
             phase=MigrationPhase.PREPARED,
-            path=migration.carried_by,
+            path=_way_back(migration, volume),
             source=place_of(volume),
             target=migration.source,
             created=now(),
@@ -112,6 +112,13 @@ def users_since(repository: Repository, volume: Volume, moment: datetime) -> lis
     ended = [held for held in repository.history(volume.id) if held.until > moment]
     gone = [consumer.name or consumer.id[:12] for held in ended for consumer in held.consumers]
     return list(dict.fromkeys([*there, *gone])) or [f"{held.engine}" for held in ended]
+
+
+def _way_back(migration: Migration, volume: Volume) -> MovePath:
+    """What went under its users may have come to a larger device or smaller blocks, and goes back as files do."""
+    if migration.path is not MovePath.LIVE:
+        return migration.carried_by
+    return MovePath.BLOCK if volume.mode is VolumeMode.BLOCK else MovePath.TREE
 
 
 def refuse_second(repository: Repository, volume: Volume) -> None:
