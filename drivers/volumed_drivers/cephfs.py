@@ -3,15 +3,15 @@
 GROUP/<volume id>                        a subvolume; its metadata tells that it is finished, and the mark
 GROUP/<volume id>, snapshot <id>         a snapshot; its handle is <volume id>@<snapshot id>
 GROUP/<volume id>, snapshot of-<id>      what the volume <id> is being copied from
+GROUP/<any name>                         a subvolume that was imported: it cannot be renamed, its metadata tells its id
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -29,19 +29,28 @@ from volumed.driver import (
     SupportsCapacity,
     SupportsClone,
     SupportsExpand,
+    SupportsImport,
     SupportsSnapshots,
     VolumeSpec,
 )
-from volumed.errors import BackendUnavailable, CommandFailed, ConfigError, NotFound, OperationPending
+from volumed.errors import (
+    AlreadyExists,
+    BackendUnavailable,
+    CommandFailed,
+    ConfigError,
+    NotFound,
+    OperationPending,
+)
 from volumed.model import Handle, SnapshotId, VolumeId
 from volumed.testing import crash
 from volumed_drivers.ceph import CephOptions, Cluster
-from volumed_drivers.cephfs_volumes import State, Subvolume, Subvolumes
+from volumed_drivers.cephfs_volumes import Note, State, Subvolume, Subvolumes
 from volumed_drivers.fuse import FuseClient, check_options, client_name, write_private
 
 _VOLUME_ID = re.compile(r"v[0-9a-f]{32}")
 _SNAPSHOT_ID = re.compile(r"s[0-9a-f]{32}")
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+_SUBVOLUME = re.compile(_NAME)
 MOUNT_TIMEOUT, FINISH_TIMEOUT = 60.0, 30.0
 
 
@@ -55,7 +64,9 @@ class CephFsOptions(CephOptions):
     )
 
 
-class CephFsDriver(FilesystemDriver, SupportsExpand, SupportsSnapshots, SupportsClone, SupportsCapacity):
+class CephFsDriver(
+    FilesystemDriver, SupportsExpand, SupportsSnapshots, SupportsClone, SupportsCapacity, SupportsImport
+):
     BackendOptions = CephFsOptions
     capabilities: ClassVar[frozenset[Capability]] = frozenset(
         {Capability.SIZE, Capability.SNAPSHOT_LIVE, Capability.CLONE_LIVE, Capability.MULTI_NODE}
@@ -119,12 +130,11 @@ class CephFsDriver(FilesystemDriver, SupportsExpand, SupportsSnapshots, Supports
         if self._volumes.look(spec.id) is None:
             self._volumes.create(spec.id, spec.size)
             crash.point("cephfs.create.made")
-        return self._finish(spec.id, _note(spec.size, dict(spec.mark)))
+        return self._finish(spec.id, Note(spec.size, spec.mark))
 
-    def _finish(self, name: str, note: str) -> CreatedVolume:
+    def _finish(self, name: str, note: Note) -> CreatedVolume:
         """Give a complete subvolume the size and the mark it shall have."""
-        wanted = json.loads(note).get("size")
-        size = self._complete(name).size
+        wanted, size = note.size, self._complete(name).size
         if wanted is not None and (size is None or size < wanted):
             self._volumes.resize(name, wanted)
             size = wanted
@@ -152,6 +162,8 @@ class CephFsDriver(FilesystemDriver, SupportsExpand, SupportsSnapshots, Supports
         found = self._volumes.look(name)
         if found is None:
             return
+        if found.state is State.COMPLETE and not self._volume_id(name):
+            raise NotFound(f"subvolume {self._options.group}/{name} is not ours", subject=self._subject)
         if found.state is State.PENDING:
             self._volumes.cancel_clone(name)
         self._volumes.remove(name)
@@ -169,15 +181,29 @@ class CephFsDriver(FilesystemDriver, SupportsExpand, SupportsSnapshots, Supports
         return Facts(size=found.size, used=found.used)
 
     def _names(self) -> list[str]:
-        return [name for name in self._volumes.names() if _VOLUME_ID.fullmatch(name)]
+        """Of ours."""
+        return [name for name in self._volumes.names() if self._volume_id(name)]
+
+    def _volume_id(self, name: str) -> str:
+        """Whose it is; empty: nobody's, or of one that was imported and is being put back to a snapshot: the manager
+        tells nothing of it until that is done. Its handle is its name all the same."""
+        if _VOLUME_ID.fullmatch(name):
+            return name
+        note = self._volumes.read_note(name)
+        return note.volume_id if note else ""
 
     def list(self) -> Iterable[Found]:
-        for name in self._names():
-            note = self._volumes.read_note(name)
-            yield Found(Handle(name), VolumeId(name), _mark(note), whole=note is not None)
+        for name in self._volumes.names():
+            if volume_id := self._volume_id(name):
+                note = self._volumes.read_note(name)
+                mark = {} if note is None else note.mark
+                yield Found(Handle(name), VolumeId(volume_id), mark, whole=note is not None)
 
     def find(self, volume_id: VolumeId) -> Handle | None:
-        return Handle(volume_id) if self._volumes.look(_checked(volume_id, self._subject)) is not None else None
+        if self._volumes.look(_checked(volume_id, self._subject)) is not None:
+            return Handle(volume_id)
+        imported = (name for name in self._volumes.names() if self._volume_id(name) == volume_id)
+        return next(map(Handle, imported), None)
 
     def expand(self, handle: Handle, size: int) -> int:
         there = self._complete(handle).size
@@ -210,8 +236,8 @@ class CephFsDriver(FilesystemDriver, SupportsExpand, SupportsSnapshots, Supports
         found = self._volumes.look(name)
         if found is not None and found.state is State.COMPLETE:
             if self._volumes.read_snapshot_note(name, snapshot_name) is None:
-                note = _note(found.size, _mark(self._volumes.read_note(name)))
-                self._volumes.note_snapshot(name, snapshot_name, note)
+                note = self._volumes.read_note(name) or Note()
+                self._volumes.note_snapshot(name, snapshot_name, note._replace(size=found.size))
                 crash.point("cephfs.restore.noted")
             self._volumes.remove(name, keep_snapshots=True)
             crash.point("cephfs.restore.removed")
@@ -220,7 +246,7 @@ class CephFsDriver(FilesystemDriver, SupportsExpand, SupportsSnapshots, Supports
             crash.point("cephfs.restore.begun")
         self._volumes.wait_for_clone(name)
         note_kept = self._volumes.read_snapshot_note(name, snapshot_name)
-        self._finish(name, note_kept or _note(None, {}))
+        self._finish(name, note_kept or Note())
         crash.point("cephfs.restore.finished")
         self._volumes.forget_snapshot_note(name, snapshot_name)
 
@@ -248,7 +274,26 @@ class CephFsDriver(FilesystemDriver, SupportsExpand, SupportsSnapshots, Supports
         if found is None or found.state is not State.COMPLETE:
             self._volumes.wait_for_clone(spec.id)
             crash.point("cephfs.copy.filled")
-        return self._finish(spec.id, _note(spec.size, dict(spec.mark)))
+        return self._finish(spec.id, Note(spec.size, spec.mark))
+
+    # Import
+    def importable(self) -> Iterable[str]:
+        for name in self._volumes.names():
+            if _SUBVOLUME.fullmatch(name) and not self._volume_id(name):
+                found = self._volumes.look(name)
+                if found is not None and found.state is State.COMPLETE:
+                    yield name
+
+    def adopt(self, reference: str, spec: VolumeSpec) -> CreatedVolume:
+        """Who has it mounted is not to be seen; several nodes may."""
+        name = _checked(reference, self._subject)
+        self._complete(name)
+        known = self._volume_id(name)
+        if known not in ("", spec.id):
+            raise AlreadyExists(f"is volume {known} already", subject=f"subvolume {self._options.group}/{name}")
+        made = self._finish(name, Note(spec.size, spec.mark, spec.id))
+        crash.point("cephfs.adopt.noted")
+        return made
 
     # Mounting
     def mount(self, handle: Handle, target: Path, *, options: Sequence[str], readonly: bool) -> None:
@@ -324,7 +369,7 @@ class CephFsDriver(FilesystemDriver, SupportsExpand, SupportsSnapshots, Supports
 
 
 def _checked(name: str, subject: str) -> str:
-    if not _VOLUME_ID.fullmatch(name):
+    if not _SUBVOLUME.fullmatch(name):
         raise NotFound(f"{name[:60]!r} is no volume of this driver", subject=subject)
     return name
 
@@ -333,15 +378,3 @@ def _parts(snapshot: Handle) -> tuple[str, str]:
     """Volume and snapshot."""
     name, _, snapshot_id = snapshot.partition("@")
     return name, snapshot_id
-
-
-def _note(size: int | None, mark: dict[str, str]) -> str:
-    return json.dumps({"size": size, "mark": mark})
-
-
-def _mark(note: str | None) -> dict[str, str]:
-    try:
-        read: Any = json.loads(note or "{}").get("mark", {})
-    except (ValueError, AttributeError):
-        return {}
-    return {str(key): str(value) for key, value in read.items()} if isinstance(read, dict) else {}

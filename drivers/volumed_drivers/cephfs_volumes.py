@@ -9,7 +9,9 @@ from __future__ import annotations
 import base64
 import contextlib
 import enum
+import json
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from volumed import context
@@ -38,6 +40,14 @@ class Subvolume(NamedTuple):
     size: int | None = None
     used: int = 0
     monitors: tuple[str, ...] = ()
+
+
+class Note(NamedTuple):
+    """What a subvolume is for. `size`: what was asked for, in bytes. `volume_id`: of one that has another name."""
+
+    size: int | None = None
+    mark: Mapping[str, str] = {}
+    volume_id: str = ""
 
 
 class Subvolumes:
@@ -96,10 +106,10 @@ class Subvolumes:
         self._ask_of("resize", name, new_size=str(size), no_shrink=True)
 
     # What it is for
-    def note(self, name: str, text: str) -> None:
-        self._ask_of("metadata set", name, key_name=_KEY, value=_encoded(text))
+    def note(self, name: str, note: Note) -> None:
+        self._ask_of("metadata set", name, key_name=_KEY, value=_encoded(note))
 
-    def read_note(self, name: str) -> str | None:
+    def read_note(self, name: str) -> Note | None:
         """None when there is none; of one that is not complete, neither."""
         try:
             return _decoded(self._ask_of("metadata ls", name))
@@ -125,10 +135,10 @@ class Subvolumes:
         with contextlib.suppress(NotFound):
             self._ask_of("snapshot rm", name, snap_name=snapshot, force=True)
 
-    def note_snapshot(self, name: str, snapshot: str, text: str) -> None:
-        self._ask_of("snapshot metadata set", name, snap_name=snapshot, key_name=_KEY, value=_encoded(text))
+    def note_snapshot(self, name: str, snapshot: str, note: Note) -> None:
+        self._ask_of("snapshot metadata set", name, snap_name=snapshot, key_name=_KEY, value=_encoded(note))
 
-    def read_snapshot_note(self, name: str, snapshot: str) -> str | None:
+    def read_snapshot_note(self, name: str, snapshot: str) -> Note | None:
         return _decoded(self._ask_of("snapshot metadata ls", name, snap_name=snapshot))
 
     def forget_snapshot_note(self, name: str, snapshot: str) -> None:
@@ -180,12 +190,16 @@ class Subvolumes:
             )
 
 
-def _encoded(text: str) -> str:
-    return base64.urlsafe_b64encode(text.encode()).decode()
+def _encoded(note: Note) -> str:
+    told = {"size": note.size, "mark": dict(note.mark)} | ({"id": note.volume_id} if note.volume_id else {})
+    return base64.urlsafe_b64encode(json.dumps(told).encode()).decode()
 
 
-def _decoded(told: dict[str, str]) -> str | None:
+def _decoded(told: Mapping[str, str]) -> Note | None:
+    """None for none, and for what nobody of us wrote."""
     try:
-        return base64.urlsafe_b64decode(told[_KEY]).decode()
-    except (KeyError, ValueError):
+        read = json.loads(base64.urlsafe_b64decode(told[_KEY]))
+        mark = {str(key): str(value) for key, value in read["mark"].items()}
+        return Note(read["size"], mark, read.get("id", ""))
+    except (KeyError, ValueError, TypeError, AttributeError):
         return None

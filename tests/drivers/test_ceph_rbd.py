@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from tests.conftest import sh, wait_until
 from tests.drivers.conftest import MakeRbd
 from tests.harness.ceph import POOL, Ceph
-from volumed.driver import Extent, VolumeSpec
+from volumed.driver import Driver, Extent, VolumeSpec
 from volumed.errors import BackendUnavailable, ConfigError, InUse, InvalidRequest, NotFound, OutOfRange
 from volumed.model import Handle, VolumeId, VolumeMode, new_snapshot_id, new_volume_id
 from volumed.testing import crash
@@ -29,6 +30,13 @@ class TestConformance(DriverConformance):
     @pytest.fixture
     def make_driver(self, make_rbd: MakeRbd) -> MakeDriver:
         return make_rbd
+
+    def make_stranger(self, driver: Driver, name: str) -> None:
+        assert isinstance(driver, CephRbdDriver)
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(b"old".ljust(16 * MIB, b"\0"))
+            file.flush()
+            sh("rbd", "-c", driver._options.conf, "import", file.name, f"{POOL}/{name}")
 
 
 def spec(size: int = 64 * MIB, *, volume_id: VolumeId | None = None, data_pool: str | None = None) -> VolumeSpec:

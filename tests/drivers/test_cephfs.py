@@ -8,6 +8,7 @@ import os
 import secrets
 import signal
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from tests.conftest import wait_until
 from tests.harness.ceph import FILESYSTEM, Ceph
 from tests.harness.tree_drivers import client_pid, create, mounted, nothing_left
 from tests.harness.trees import not_held
-from volumed.driver import VolumeSpec
+from volumed.driver import Driver, VolumeSpec
 from volumed.errors import (
+    AlreadyExists,
     BackendError,
     BackendUnavailable,
     ConfigError,
@@ -28,7 +30,7 @@ from volumed.errors import (
     PermissionDenied,
 )
 from volumed.host.linux import LinuxHost
-from volumed.model import VolumeMode, new_volume_id
+from volumed.model import Handle, VolumeMode, new_snapshot_id, new_volume_id
 from volumed.testing import crash
 from volumed.testing.conformance import DriverConformance, MakeDriver
 from volumed.units import MIB
@@ -67,6 +69,13 @@ class TestConformance(DriverConformance):
     @pytest.fixture
     def make_driver(self, make_cephfs: MakeCephFs) -> MakeDriver:
         return make_cephfs
+
+    def make_stranger(self, driver: Driver, name: str) -> None:
+        """A subvolume that somebody made by hand, on a mount of his own."""
+        assert isinstance(driver, CephFsDriver)
+        driver._volumes.create(name, None)
+        with tempfile.TemporaryDirectory() as folder, mounted(driver, Handle(name), Path(folder)) as tree:
+            (tree / "file").write_bytes(b"old")
 
 
 @pytest.fixture
@@ -183,6 +192,45 @@ def test_a_copy_that_was_never_finished_leaves_nothing_on_its_source(
     assert driver.find(spec.id) is None
     assert driver._volumes.snapshots(source) == []
     driver.delete(source)
+
+
+def test_one_that_was_imported_is_put_back_in_spite_of_a_crash(
+    driver: CephFsDriver, make_cephfs: MakeCephFs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its name is not its id, and a subvolume that has snapshots alone tells nobody its id."""
+    TestConformance().make_stranger(driver, "theirs")
+    spec = VolumeSpec(new_volume_id(), 32 * MIB, VolumeMode.FILESYSTEM, driver.VolumeOptions(), {"name": "data"})
+    handle = driver.adopt("theirs", spec).handle
+    with pytest.raises(AlreadyExists, match=f"subvolume {driver._options.group}/theirs: is volume {spec.id} already"):
+        driver.adopt("theirs", spec._replace(id=new_volume_id()))
+    snapshot = driver.snapshot(handle, new_snapshot_id())
+    with mounted(driver, handle, tmp_path / "at") as tree:
+        (tree / "file").write_bytes(b"new")
+
+    def kill(name: str) -> None:
+        if name == "cephfs.restore.removed":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(crash, "point", kill)
+        driver.restore(handle, snapshot)
+    again = make_cephfs()
+    assert list(again.importable()) == []
+    again.restore(handle, snapshot)
+    assert [(found.volume_id, found.mark) for found in again.list()] == [(spec.id, {"name": "data"})]
+    assert again.find(spec.id) == handle
+    assert again.inspect(handle).size == 32 * MIB
+    with mounted(again, handle, tmp_path / "at") as tree:
+        assert (tree / "file").read_bytes() == b"old"
+    again.delete_snapshot(snapshot)
+    again.delete(handle)
+
+
+def test_what_is_nobodys_volume_is_not_deleted(driver: CephFsDriver) -> None:
+    driver._volumes.create("theirs", None)
+    with pytest.raises(NotFound, match="theirs is not ours"):
+        driver.delete(Handle("theirs"))
+    assert list(driver.importable()) == ["theirs"]
 
 
 # Clients and servers that fail
