@@ -7,12 +7,12 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tests.bench.measure import milliseconds, percentile, show, spread, times
+from tests.bench.beside import Steps, beside, with_volumed
+from tests.bench.measure import show, spread, times
 from tests.conftest import sh
 from tests.harness.ceph import POOL, Ceph, ceph_cluster
 from tests.harness.volumed import Volumed, running_volumed
@@ -30,20 +30,18 @@ def ceph() -> None:
         running_volumed(Path(folder, "v"), quiet=True, backends=_table(cluster)) as volumed,
     ):
         Path(folder, "bare").mkdir()
-        ours = [_timed(_with_volumed(volumed, number)) for number in range(COUNT + 2)][2:]
-        bare = [_timed(_by_hand(cluster, Path(folder, "bare"), number)) for number in range(COUNT + 2)][2:]
-        for title, step in (("Create, attach, mount", 0), ("and back: unmount, detach, remove", 1)):
-            mine, theirs = sorted(each[step] for each in ours), sorted(each[step] for each in bare)
-            more = percentile(mine, 50) - percentile(theirs, 50)
-            show(
-                f"{title}: an RBD image of {SIZE} with ext4, by qemu-storage-daemon",
-                [
-                    ("volumed, durable", spread(mine)),
-                    ("rbd, qemu-storage-daemon, mkfs, mount", spread(theirs)),
-                    ("difference of p50", f"{milliseconds(more)}, {100 * more / percentile(theirs, 50):+.0f} %"),
-                ],
-                goal="under 5 ms or 10 %",
-            )
+
+        def ask(endpoint: str, **fields: Any) -> None:
+            answer = volumed.plugin(endpoint, **fields)
+            assert not answer.error, answer
+
+        beside(
+            f"an RBD image of {SIZE} with ext4, by qemu-storage-daemon",
+            "rbd, qemu-storage-daemon, mkfs, mount",
+            lambda number: with_volumed(ask, number, backend="ceph", size=SIZE),
+            lambda number: _by_hand(cluster, Path(folder, "bare"), number),
+            count=COUNT,
+        )
         _beside_one_that_hangs(cluster, volumed)
 
 
@@ -79,36 +77,6 @@ def _beside_one_that_hangs(cluster: Ceph, volumed: Volumed) -> None:
 def _table(cluster: Ceph) -> str:
     key = cluster.make_rbd_user()
     return f'[backends.ceph]\ndriver = "ceph-rbd"\npool = "{POOL}"\nconf = "{cluster.conf}"\nkey = "file:{key}"\n'
-
-
-Steps = tuple[Callable[[], None], Callable[[], None]]
-
-
-def _timed(steps: Steps) -> tuple[float, float]:
-    measured = []
-    for step in steps:
-        begun = time.perf_counter()
-        step()
-        measured.append(time.perf_counter() - begun)
-    return measured[0], measured[1]
-
-
-def _with_volumed(volumed: Volumed, number: int) -> Steps:
-    name = f"bench{number}"
-
-    def ask(endpoint: str, **fields: Any) -> None:
-        answer = volumed.plugin(endpoint, Name=name, **fields)
-        assert not answer.error, answer
-
-    def forth() -> None:
-        ask("Create", Opts={"backend": "ceph", "size": SIZE})
-        ask("Mount", ID="bench")
-
-    def back() -> None:
-        ask("Unmount", ID="bench")
-        ask("Remove")
-
-    return forth, back
 
 
 def _by_hand(cluster: Ceph, folder: Path, number: int) -> Steps:
