@@ -102,6 +102,7 @@ def test_what_is_known_of_the_backend_is_shown(volumed: Volumed) -> None:
 
 def test_a_device_whose_process_was_killed_is_named(docker: Docker, plugin: str, volumed: Volumed) -> None:
     create(docker, plugin, "data", "backend=ceph", "size=64m")
+    run(docker, "data", "echo kept > /data/file; sync")
     start(docker, "web-1", "data")
     (helper,) = (volumed.folder / "run" / "helpers").glob("rbd-qsd-*")
     wait_until((helper / "process").exists)
@@ -109,3 +110,7 @@ def test_a_device_whose_process_was_killed_is_named(docker: Docker, plugin: str,
     event = volumed.wait_for_event("helper.died", timeout=60)
     assert "qemu-storage-daemon" in event["text"]
     assert event["subject"] == "data"
+    lost = volumed.wait_for_event("mount.lost", timeout=60)
+    assert "container web-1" in lost["text"]
+    docker.remove_containers()
+    assert run(docker, "data", "cat /data/file") == "kept"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from volumed.driver import BlockDriver, Driver, FilesystemDriver, Host, Revived
-from volumed.errors import CommandFailed, HostError, IntegrityError, MountFailed, VolumedError
+from volumed.errors import CommandFailed, DeadlineExceeded, HostError, IntegrityError, MountFailed, VolumedError
 from volumed.host import filesystems, permissions
 from volumed.model import Handle, Ownership, Volume, VolumeId, VolumeMode
 from volumed.testing import crash
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _DEAD = (errno.ESTALE, errno.ENOTCONN)
 # Seconds; a tree of a million files behind a slow server.
 GRANTING_TIMEOUT = 580.0
+READ_TIMEOUT = 5.0
 
 
 class Observed(enum.StrEnum):
@@ -103,12 +104,24 @@ class Presence:
         return Observed.MOUNTED if device and self._is_of(volume, target, device) else Observed.FOREIGN
 
     def _is_lost(self, volume: Volume, target: Path) -> bool:
-        """Whether what is mounted lies on a device that the machine no longer has: a disk that was pulled."""
+        """Whether what is mounted lies on a device that the machine no longer has, a disk that was pulled, or on one
+        that nothing is behind any more, as its process has died."""
         if volume.mode is VolumeMode.BLOCK:
             number = target.stat().st_rdev
-            return not Path("/sys/dev/block", f"{os.major(number)}:{os.minor(number)}").exists()
+            there = Path("/sys/dev/block", f"{os.major(number)}:{os.minor(number)}").exists()
+            return not there or self._is_unreadable(target)
         entry = next((entry for entry in reversed(self.host.mounts()) if entry.target == target), None)
-        return entry is not None and entry.source.startswith("/dev/") and not Path(entry.source).exists()
+        if entry is None or not entry.source.startswith("/dev/"):
+            return False
+        return not Path(entry.source).exists() or self._is_unreadable(Path(entry.source))
+
+    def _is_unreadable(self, device: Path) -> bool:
+        """By a child, past the caches. One that does not answer is not known to be dead."""
+        words = ("dd", f"if={device}", "of=/dev/null", "bs=4096", "count=1", "iflag=direct", "status=none")
+        try:
+            return os.strerror(errno.EIO) in self.host.run(words, timeout=READ_TIMEOUT, check=False).stderr
+        except DeadlineExceeded:
+            return False
 
     def _is_dead(self, driver: FilesystemDriver, handle: Handle, target: Path) -> bool:
         """Raises DeadlineExceeded when its server does not answer: that is not dead yet."""
