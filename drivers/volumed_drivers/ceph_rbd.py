@@ -8,6 +8,7 @@ manager has copied what it needs; a parent that is deleted waits for that in the
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from volumed.driver import (
     Capability,
     Capacity,
     CreatedVolume,
+    Driver,
     Extent,
     Facts,
     Found,
@@ -39,11 +41,23 @@ from volumed.driver import (
     SupportsFencing,
     SupportsGroupSnapshots,
     SupportsImport,
+    SupportsNativeCopy,
+    Tell,
     VolumeSpec,
 )
-from volumed.errors import BackendUnavailable, ConfigError, InvalidRequest, NotFound, OutOfRange, VolumedError
+from volumed.errors import (
+    BackendUnavailable,
+    ConfigError,
+    InvalidRequest,
+    NotFound,
+    NotSupported,
+    OutOfRange,
+    PermissionDenied,
+    VolumedError,
+)
 from volumed.model import Handle, SnapshotId, VolumeId
 from volumed.testing import crash
+from volumed_drivers import rbd_flatten
 from volumed_drivers.ceph import CephOptions, Cluster
 from volumed_drivers.rbd_mapping import MAPPERS, Mapper
 
@@ -105,6 +119,7 @@ class CephRbdDriver(
     SupportsCapacity,
     SupportsFencing,
     SupportsImport,
+    SupportsNativeCopy,
 ):
     BackendOptions = RbdOptions
     VolumeOptions = RbdVolumeOptions
@@ -117,6 +132,7 @@ class CephRbdDriver(
         assert isinstance(options, RbdOptions)
         self._options = options
         self._cluster = Cluster(host, options, backend=backend)
+        self._subject = f"backend {backend}"
         self._where = (options.pool, options.namespace)
         self._features = sum(_FEATURES[name.strip()] for name in options.features.split(",") if name.strip())
         self._mappers = {
@@ -158,7 +174,7 @@ class CephRbdDriver(
         kind = ConfigError if len(wanted) == 1 else BackendUnavailable
         raise kind(
             f"nothing here can map an image: {'; '.join(reasons.values())}",
-            subject=f"backend {self.backend}",
+            subject=self._subject,
             hint="install rbd-nbd, or qemu-utils and qemu-block-extra",
         )
 
@@ -184,7 +200,7 @@ class CephRbdDriver(
         if spec.size is None or not 0 < spec.size <= MAX_SIZE:
             raise OutOfRange(
                 f"a size of {spec.size} bytes cannot be made",
-                subject=f"backend {self.backend}",
+                subject=self._subject,
                 hint=f"ask for at most {MAX_SIZE} bytes",
             )
         return -(-spec.size // ALIGNMENT) * ALIGNMENT
@@ -223,7 +239,7 @@ class CephRbdDriver(
 
     def expand(self, handle: Handle, size: int) -> int:
         if size > MAX_SIZE:
-            raise OutOfRange(f"{size} bytes are too many", subject=f"backend {self.backend}")
+            raise OutOfRange(f"{size} bytes are too many", subject=self._subject)
         size = self._call("resize", image=handle, size=-(-size // ALIGNMENT) * ALIGNMENT)
         for mapper in self._mappers.values():
             mapper.grow(handle, size)
@@ -306,7 +322,7 @@ class CephRbdDriver(
         """By a snapshot of its own, which the clone keeps in the trash of the source from then on."""
         internal = f"volumed-clone-{spec.id}"
         if self.find(spec.id) is None:
-            self._check_fits(source, spec)
+            self._check_fits(source, spec, self)
             self._call("forget_internal", image=source)
             self._call("snapshot", image=source, name=internal)
             crash.point("ceph-rbd.clone.snapshot")
@@ -314,17 +330,17 @@ class CephRbdDriver(
         self._call("forget_internal", image=source)
         return made
 
-    def _check_fits(self, source: str, spec: VolumeSpec) -> int:
-        size, least = self._checked(spec), self._call("size", image=source)
+    def _check_fits(self, image: str, spec: VolumeSpec, origin: CephRbdDriver) -> None:
+        size, least = self._checked(spec), origin._call("size", image=image)
         if size < least:
-            raise OutOfRange(f"{least} bytes do not fit into {size}", subject=f"backend {self.backend}")
-        return size
+            raise OutOfRange(f"{least} bytes do not fit into {size}", subject=self._subject)
 
-    def _copy(self, image: str, name: str, spec: VolumeSpec) -> CreatedVolume:
+    def _copy(self, image: str, name: str, spec: VolumeSpec, origin: CephRbdDriver | None = None) -> CreatedVolume:
         if self.find(spec.id) is None:
             size = self._checked(spec)
             self._call(
                 "clone",
+                origin=(origin or self)._where,
                 image=image,
                 name=name,
                 copy=spec.id,
@@ -336,6 +352,40 @@ class CephRbdDriver(
         size = self.expand(Handle(spec.id), self._checked(spec))
         self._mark(spec)
         return CreatedVolume(Handle(spec.id), size)
+
+    # Moves
+    def way_from(self, source: Driver) -> str:
+        if not isinstance(source, CephRbdDriver):
+            raise NotSupported("Ceph clones images of its own alone", subject=self._subject)
+        here, there = self._call("look")["cluster"], source._call("look")["cluster"]
+        if here != there:
+            raise NotSupported(f"the images lie on two clusters, {there} and {here}", subject=self._subject)
+        pool = "/".join(part for part in source._where if part)
+        try:
+            self._cluster.call("rbd_images.look", where=source._where)
+        except (PermissionDenied, NotFound) as error:
+            raise NotSupported(
+                f"client.{self._options.user} cannot read pool {pool}: {error.text}",
+                subject=self._subject,
+                hint=f"allow it `osd 'profile rbd-read-only pool={source._options.pool}'`",
+            ) from None
+        return "a clone, which the cluster's manager then makes independent (flatten)"
+
+    def take_from(self, source: Driver, handle: Handle, spec: VolumeSpec, tell: Tell) -> CreatedVolume:
+        """The snapshot goes to the trash of the source while the clone reads from it, and with that from there."""
+        self.way_from(source)
+        assert isinstance(source, CephRbdDriver)
+        self._check_fits(handle, spec, source)
+        internal = f"volumed-clone-{spec.id}"
+        if self.find(spec.id) is None:
+            source._call("snapshot", image=handle, name=internal)
+            crash.point("native.ceph-rbd.snapshot")
+        made = self._copy(handle, internal, spec, source)
+        source._call("remove_snapshot", image=handle, name=internal, timeout=LONG)
+        crash.point("native.ceph-rbd.cloned")
+        ask = functools.partial(self._cluster.call, where=self._where, image=spec.id)
+        rbd_flatten.wait(ask, source.inspect(handle).used or 0, tell)
+        return made
 
     def allocated(self, snapshot: Handle) -> Iterable[Extent]:
         return self._extents(snapshot, None)

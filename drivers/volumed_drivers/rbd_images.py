@@ -265,15 +265,17 @@ def clone(
     size: int,
     features: int,
     data_pool: str,
+    origin: Where | None = None,
 ) -> None:
-    """A copy-on-write child of a snapshot. There already is success. Raises OutOfRange when `size` is too small."""
+    """A copy-on-write child of a snapshot, which may lie in another pool, the `origin`. There already is success.
+    Raises OutOfRange when `size` is too small."""
     rbd = load("rbd")
-    context = connection.context(*where)
-    with opened(connection, where, image, snapshot=name) as found:
+    parent, child = connection.context(*(origin or where)), connection.context(*where)
+    with opened(connection, origin or where, image, snapshot=name) as found:
         if found.size() > size:
             raise OutOfRange(f"{found.size()} bytes do not fit into {size}")
     with contextlib.suppress(rbd.ImageExists):
-        rbd.RBD().clone(context, image, name, context, copy, features=features, data_pool=data_pool or None)
+        rbd.RBD().clone(parent, image, name, child, copy, features=features, data_pool=data_pool or None)
 
 
 def forget_internal(connection: Connection, *, where: Where, image: str) -> None:

@@ -31,6 +31,7 @@ from volumed.errors import (
     InUse,
     InvalidRequest,
     NotFound,
+    NotSupported,
     OutOfRange,
     PermissionDenied,
     PreconditionFailed,
@@ -490,6 +491,46 @@ def test_a_snapshot_that_is_being_stored_is_waited_for(ec2: Ec2Server, driver: E
         pytest.raises(DeadlineExceeded, match=r"not stored the snapshot yet.*43% of snap-"),
     ):
         driver.create_from_snapshot(snapshot, spec())
+
+
+# Moves
+def test_data_of_another_backend_comes_by_a_snapshot_of_which_nothing_stays(ec2: Ec2Server, make: Make) -> None:
+    one, other, wanted = make("one"), make("other", type="io2", iops=500), spec(4 * GIB)
+    ec2.layer.manners.delay = 0.5
+    handle, told = one.create(spec(3 * GIB)).handle, list[int]()
+    assert "snapshot" in other.way_from(one)
+    for _ in range(2):
+        made = other.take_from(one, handle, wanted, told.append)
+        assert made == CreatedVolume(Handle(wanted.id), 4 * GIB)
+    (disk,) = [each for each in ec2.client.describe_volumes()["Volumes"] if each["Size"] == 4]
+    assert (disk["VolumeType"], disk["SnapshotId"][:5]) == ("io2", "snap-")
+    assert sum(told) == 3 * GIB
+    assert [[found.handle for found in each.list()] for each in (one, other)] == [[handle], [wanted.id]]
+    assert ec2.client.describe_snapshots(OwnerIds=["self"], Filters=OURS)["Snapshots"] == []
+
+
+def test_a_copy_that_is_called_off_is_found_and_removed(ec2: Ec2Server, make: Make) -> None:
+    one, other, wanted = make("one"), make("other"), spec()
+    handle = one.create(spec()).handle
+    ec2.layer.manners.delay = 3600
+
+    def call_off(done: int) -> None:
+        raise OutOfRange("no more")
+
+    with pytest.raises(OutOfRange, match="no more"):
+        other.take_from(one, handle, wanted, call_off)
+    assert other.find(wanted.id) == Handle(wanted.id)
+    other.delete(Handle(wanted.id))
+    assert ec2.client.describe_snapshots(OwnerIds=["self"], Filters=OURS)["Snapshots"] == []
+    assert [found.handle for found in one.list()] == [handle]
+
+
+def test_another_zone_or_region_is_too_far_to_compare(make: Make) -> None:
+    one = make("one")
+    with pytest.raises(NotSupported, match=f"no instance reaches both zone {ZONES[0]} and zone {ZONES[1]}"):
+        make("far", zone=ZONES[1]).way_from(one)
+    with pytest.raises(NotSupported, match="lie in region eu-1, and here"):
+        make("farther").way_from(make("abroad", region="eu-1"))
 
 
 # Adopting

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# Called with the bytes that were copied since the last call, at least once a second of work. It may wait, for a limit
-# of the rate, and what it raises ends the work.
+# Called with the bytes that were copied since the last call, at least every few seconds. It may wait, for a limit of
+# the rate, and what it raises ends the work.
 Tell = Callable[[int], None]
 
 

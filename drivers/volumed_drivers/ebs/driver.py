@@ -14,6 +14,7 @@ from volumed.driver import (
     BlockDriver,
     Capability,
     CreatedVolume,
+    Driver,
     Facts,
     Found,
     FoundSnapshot,
@@ -25,7 +26,9 @@ from volumed.driver import (
     SupportsExpand,
     SupportsImport,
     SupportsModify,
+    SupportsNativeCopy,
     SupportsSnapshots,
+    Tell,
     VolumeSpec,
 )
 from volumed.errors import (
@@ -35,6 +38,7 @@ from volumed.errors import (
     DeadlineExceeded,
     InUse,
     InvalidRequest,
+    NotSupported,
     OutOfRange,
     PreconditionFailed,
 )
@@ -61,6 +65,7 @@ class EbsDriver(
     SupportsExpand,
     SupportsModify,
     SupportsImport,
+    SupportsNativeCopy,
 ):
     BackendOptions = EbsOptions
     VolumeOptions = EbsVolumeOptions
@@ -314,14 +319,16 @@ class EbsDriver(
         return self._created(self._make(spec, wanted, size, snapshot=source.id))
 
     def clone(self, source: Handle, spec: VolumeSpec) -> CreatedVolume:
-        origin = self._disks.current(source)
+        return self._copy_disk(self._disks.current(source), spec, None)
+
+    def _copy_disk(self, origin: Disk, spec: VolumeSpec, tell: Tell | None) -> CreatedVolume:
         wanted, size = self._copy_of(origin.size, spec)
         found = self._disks.find(Handle(spec.id))
         if found is not None:
             disk = self._disks.finish(found)
         else:
             self._snapshots.take(origin, spec.id, self._options.tags)
-            disk = self._make(spec, wanted, size, snapshot=self._snapshots.completed(spec.id).id)
+            disk = self._make(spec, wanted, size, snapshot=self._snapshots.completed(spec.id, tell).id)
         self._snapshots.delete(spec.id)
         return self._created(disk)
 
@@ -331,6 +338,28 @@ class EbsDriver(
             raise OutOfRange(f"{least} bytes do not fit into {size}", subject=self._subject)
         wanted.check(gib(size), subject=self._subject)
         return wanted, size
+
+    # Moves
+    def way_from(self, source: Driver) -> str:
+        if not isinstance(source, EbsDriver):
+            raise NotSupported("EBS makes volumes from snapshots of its own alone", subject=self._subject)
+        if (self._ec2.region, self._options.endpoint) != (source._ec2.region, source._options.endpoint):
+            raise NotSupported(
+                f"its snapshots lie in region {source._ec2.region}, and here it is {self._ec2.region}",
+                subject=self._subject,
+            )
+        if self._zone != source._zone:
+            raise NotSupported(
+                f"no instance reaches both zone {source._zone} and zone {self._zone}, to compare the copy",
+                subject=self._subject,
+            )
+        return "an EBS snapshot, and a volume made from it"
+
+    def take_from(self, source: Driver, handle: Handle, spec: VolumeSpec, tell: Tell) -> CreatedVolume:
+        """The snapshot is the target's, under the name of its volume: what deletes that deletes both."""
+        self.way_from(source)
+        assert isinstance(source, EbsDriver)
+        return self._copy_disk(source._disks.current(handle), spec, tell)
 
     # Import
     def importable(self) -> Iterable[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
+from volumed.driver import Tell
 from volumed.errors import BackendError, DeadlineExceeded, NotFound
 from volumed.testing import crash
 from volumed.units import GIB
@@ -69,20 +71,26 @@ class Snapshots:
             raise NotFound("EC2 has no such snapshot", subject=f"snapshot {name} of {self._subject}")
         return found[0]
 
-    def completed(self, name: str) -> Snapshot:
-        """It, once a volume can be made from it. Raises DeadlineExceeded saying how far it is."""
-        progress = ""
+    def completed(self, name: str, tell: Tell | None = None) -> Snapshot:
+        """It, once a volume can be made from it. Raises DeadlineExceeded saying how far it is; with `tell`, which is
+        told of the progress, it is waited for as long as it takes."""
+        progress, told = "", 0
 
         def look() -> Snapshot | None:
-            nonlocal progress
+            nonlocal progress, told
             snapshot = self.current(name)
             if snapshot.state == "error":
                 raise BackendError("EC2 could not store the snapshot", subject=f"EBS snapshot {snapshot.id}")
             progress = f"{snapshot.progress or '0%'} of {snapshot.id}"
+            if tell is not None:
+                done = snapshot.size * int(snapshot.progress.rstrip("%") or 0) // 100
+                tell(max(0, done - told))
+                told = max(told, done)
             return snapshot if snapshot.state == "completed" else None
 
+        waited = _COMPLETED if tell is None else _COMPLETED._replace(seconds=math.inf)
         try:
-            return until(look, _COMPLETED, subject=f"snapshot {name} of {self._subject}")
+            return until(look, waited, subject=f"snapshot {name} of {self._subject}")
         except DeadlineExceeded as error:
             raise DeadlineExceeded(f"{error.text} ({progress})", subject=error.subject, hint=error.hint) from None
 
