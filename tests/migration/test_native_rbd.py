@@ -55,11 +55,11 @@ map-with = "qsd"
     try:
         yield made
     finally:
-        if made.running():
-            for volume in made.api.get("volumes")["volumes"]:
-                made.api.delete("volumes", volume["id"])
         made.clean_up()
         shutil.rmtree(folder)
+        for pool in (POOL, OTHER):
+            for image in ceph.rbd("ls", pool).split():
+                ceph.rbd("rm", f"{pool}/{image}")
 
 
 def fill(mover: Mover) -> dict[str, bytes]:
@@ -102,6 +102,7 @@ def test_it_is_proven(mover: Mover) -> None:
     fill(mover)
     assert mover.move("data", "rbd-b")["path"] == "native"
     assert outcomes(verified(mover)) == ["equal", "equal"]
+    mover.volumed.stop()
 
 
 def test_every_point_is_tried() -> None:
