@@ -5,7 +5,7 @@ BIN := .venv/bin
 PREFIX ?= /opt/volumed
 DESTDIR ?=
 
-.PHONY: help run test unproven check bench install uninstall clean
+.PHONY: help run test check bench install uninstall clean
 .DEFAULT_GOAL := help
 
 help: ## This list
@@ -20,10 +20,6 @@ run: .venv/runtime ## Start the daemon in the foreground, as root; Ctrl-C ends i
 test: .venv/development ## Install what the tests need (as root) and run them all
 	@scripts/install-packages
 	@scripts/run-tests $(BIN)/python
-
-unproven: .venv/development ## Run the tests that tests/unproven.txt leaves out
-	@scripts/install-packages
-	@VOLUMED_UNPROVEN=1 $(BIN)/python -m pytest
 
 check: .venv/development ## Style, types, layers and unit tests, in under a minute
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache >/dev/null

@@ -41,19 +41,8 @@ def wait_until(condition: Callable[[], object], *, timeout: float = 30.0) -> Non
         time.sleep(0.02)
 
 
-def _unproven() -> tuple[str, ...]:
-    lines = Path(__file__).with_name("unproven.txt").read_text().splitlines()
-    return tuple(line for line in lines if line and not line.startswith("#"))
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What is unproven is deselected, which pytest counts and says, or run alone. Run by nobody but root, a test that
-    needs root would prove nothing: it fails instead of being left out."""
-    unproven, wanted = _unproven(), "VOLUMED_UNPROVEN" in os.environ
-    left_out = [item for item in items if item.nodeid.startswith(unproven) is not wanted]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item.nodeid.startswith(unproven) is wanted]
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run by nobody but root, a test that needs root would prove nothing: it fails instead of being left out."""
     for item in items:
         if item.get_closest_marker("root") and os.geteuid() != 0:
             item.add_marker(pytest.mark.xfail(reason="needs root", run=False, strict=True))

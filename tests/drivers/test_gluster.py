@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,10 @@ from volumed_drivers.gluster import GlusterDriver, GlusterOptions
 pytestmark = [pytest.mark.root, pytest.mark.timeout(600)]
 
 
+# Where glusterd mounts a volume to bound its folders has the volume's name, whoever's glusterd it is.
+BOUNDED = f"bounded-{secrets.token_hex(3)}"
+
+
 class Lab:
     """Drivers of one daemon, whose clients end with it."""
 
@@ -55,7 +60,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     folder = tmp_path_factory.mktemp("g")
     with running_gluster(folder / "server") as gluster:
         gluster.make_volume("files")
-        gluster.make_volume("bounded", quota=True)
+        gluster.make_volume(BOUNDED, quota=True)
         lab = Lab(folder / "run", gluster)
         yield lab
         for driver in lab.made:
@@ -66,7 +71,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 @pytest.fixture(autouse=True)
 def _nothing_between_tests(lab: Lab) -> Iterator[None]:
     yield
-    for volume in ("files", "bounded"):
+    for volume in ("files", BOUNDED):
         driver = lab.make(volume, backend=f"clean-{volume}")
         for found in list(driver.list()):
             driver.delete(found.handle)
@@ -89,8 +94,8 @@ class TestGlusterDriver(DriverConformance):
 class TestGlusterDriverWithQuota(DriverConformance):
     @pytest.fixture
     def make_driver(self, lab: Lab) -> MakeDriver:
-        command = lab.gluster.quota_command("bounded")
-        return lambda: lab.make("bounded", "quota", quota_command=command)
+        command = lab.gluster.quota_command(BOUNDED)
+        return lambda: lab.make(BOUNDED, "quota", quota_command=command)
 
 
 def test_a_size_is_refused_without_a_quota(lab: Lab) -> None:
