@@ -21,8 +21,11 @@ from tests.migration.trees import make_everything, picture, unlock, write
 from volumed.errors import CapacityExhausted, HostError
 from volumed.migration.movers.mover import Control, Stopped
 from volumed.migration.movers.tree import TreeMover
+from volumed.migration.tree.child import Child
 from volumed.migration.tree.content import Gate
 from volumed.migration.tree.entries import Tree
+from volumed.migration.tree.pool import Pool, Shared
+from volumed.migration.tree.rounds import Rounds
 from volumed.migration.tree.worker import Failure, Worker
 from volumed.units import MIB
 
@@ -453,6 +456,18 @@ def test_a_round_cut_short_leaves_no_directory_of_the_target_unlocked(sides: tup
         proven(mover)
     assert "i" in sh("lsattr", "-d", str(target / "frozen")).split()[0]
     assert picture(target) == picture(source)
+
+
+def test_time_without_a_copy_is_no_credit_to_a_throttled_one() -> None:
+    child, shared = Child.__new__(Child), Shared(1)
+    child._pool = Pool.__new__(Pool)
+    child._pool.shared = shared
+    child._rate = 20 * MIB
+    child._told = child._ticked = time.monotonic() - 60
+    child._rounds = Rounds.__new__(Rounds)
+    child._rounds.looked = child._rounds.compared = 0
+    child._tick(child._rounds)
+    assert 0 < shared.allowed - shared.done() <= 20 * MIB
 
 
 def test_a_file_that_changed_when_its_reading_began_is_looked_at_again(sides: tuple[Path, Path]) -> None:

@@ -154,9 +154,8 @@ class Child:
         if rate <= 0:
             shared.allow(None)
         else:
-            done = shared.done()
-            before = min(shared.allowed, done + int(rate * _AHEAD))
-            shared.allow(max(before, done) if self._ticked == now else before + int(rate * (now - self._ticked)))
+            due = shared.allowed + int(rate * (now - self._ticked))
+            shared.allow(min(due, shared.done() + int(rate * _AHEAD)))  # time without a copy is no credit
         self._ticked = now
         if now - self._told >= _TELL:
             self._progress()
