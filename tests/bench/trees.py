@@ -42,9 +42,10 @@ def trees() -> None:
         best: dict[str, float] = {}
         for _ in range(2):
             for shown, job in (("rsync -aHAXS", _rsync), ("four rsyncs", _four_rsyncs)):
-                with _target(folder) as target:
-                    best[shown] = min(best.get(shown, 1e9), _timed(partial(job, source, target), target))
-            with _target(folder) as target, _mover(folder, source, target) as mover:
+                target = _target(folder)
+                best[shown] = min(best.get(shown, 1e9), _timed(partial(job, source, target), target))
+            target = _target(folder)
+            with _mover(folder, source, target) as mover:
                 taken = _timed(partial(mover.round, Control(), last=True), target)
                 proof = _timed(partial(mover.verify, Control()), target, cold=False)
                 if taken + proof < best.get("volumed", 1e9) + best.get("proof", 0):
@@ -65,7 +66,8 @@ def trees() -> None:
 
 def last_rounds(folder: Path, source: Path) -> None:
     """What a container waits for: the round of what changed, and its proof."""
-    with _target(folder) as target, _mover(folder, source, target) as mover:
+    target = _target(folder)
+    with _mover(folder, source, target) as mover:
         mover.watch()
         mover.round(Control())
         mover.verify(Control())
@@ -76,7 +78,7 @@ def last_rounds(folder: Path, source: Path) -> None:
         proof = _clock(lambda: mover.verify(Control()))
         _change(dice, paths)
         bare = _clock(lambda: _rsync(source, target))
-    with _target(folder) as target, _mover(folder, source, target) as mover:
+    with _mover(folder, source, _target(folder)) as mover:
         mover.round(Control())
         mover.verify(Control())
         _change(dice, paths)
@@ -100,7 +102,7 @@ def million() -> None:
         (source / "one folder").mkdir(parents=True)
         for number in range(1_000_000):
             (source / "one folder" / f"file{number}").touch()
-        with _target(folder) as target, _mover(folder, source, target) as mover:
+        with _mover(folder, source, _target(folder)) as mover:
             mover.watch()
             taken = _clock(lambda: mover.round(Control()))
             copied = _memory(mover)
@@ -167,12 +169,9 @@ def _clock(job: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-@contextmanager
-def _target(folder: Path) -> Iterator[Path]:
-    target = folder / "target"
-    target.mkdir()
-    yield target
-    shutil.rmtree(target)
+def _target(folder: Path) -> Path:
+    """Another each time, removed when all is done: ext4 makes files slowly where some were deleted a moment ago."""
+    return Path(tempfile.mkdtemp(prefix="target-", dir=folder))
 
 
 @contextmanager
