@@ -25,6 +25,8 @@ PATIENCE = 30.0
 # A killed process that waits for storage ends when the kernel lets it: longer is not waited.
 LINGER = 5.0
 _LINE = 1 << 16
+# More than there may be cores: each waits for storage at times, when it opens what is in no cache.
+_LEAST_WORKERS, _MOST_WORKERS = 4, 8
 
 
 class Session:
@@ -50,7 +52,8 @@ class Session:
             "losses": sorted(losses),
             "filled": filled,
         }
-        self._send(settings | {"workers": max(2, min(8, len(os.sched_getaffinity(0))))})
+        workers = max(_LEAST_WORKERS, min(_MOST_WORKERS, len(os.sched_getaffinity(0))))
+        self._send(settings | {"workers": workers})
         self._counted = {"bytes": 0, "files": 0}
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ import stat
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from volumed.migration.tree import content, entries, posix
@@ -108,11 +108,11 @@ class Worker:
         return done
 
     def _copy_some(self, done: Copied, path: str, source: int, target: int, names: Names) -> None:
-        with ExitStack() as stack:
+        with _Files() as files:
             todo = []
             looked = time.time_ns()
             for name, known in names:
-                with _blaming(joined(path, name)), suppress(FileNotFoundError):
+                with _Blaming(joined(path, name)), suppress(FileNotFoundError):
                     found = os.stat(name, dir_fd=source, follow_symlinks=False)
                     done.looked[0] += 1
                     if known is not None and known.signature == entries.signature_of(found):
@@ -123,7 +123,7 @@ class Worker:
                         done.linked.append((joined(path, name), found.st_ino))
                         continue
                     try:
-                        todo.append(Todo(name, known, found, _open_source(source, name, found, stack), looked))
+                        todo.append(Todo(name, known, *_open_source(source, name, found, files), looked))
                     except Torn:
                         done.touched.append(joined(path, name))
             for each in todo:
@@ -141,7 +141,7 @@ class Worker:
 
     def _copy_one(self, done: Copied, path: str, folders: tuple[int, int], todo: Todo) -> None:
         full = joined(path, todo.name)
-        with _blaming(full):
+        with _Blaming(full):
             try:
                 done.entries.append(self._copy_entry(done, full, folders, todo))
             except Torn:
@@ -151,8 +151,6 @@ class Worker:
 
     def _copy_entry(self, done: Copied, full: str, folders: tuple[int, int], todo: Todo) -> Entry:
         name, known, found, opened, looked = todo
-        if opened is not None:
-            found = os.fstat(opened)
         about = entries.read_about(self._source, Spot(folders[0], name, opened), found.st_mode)
         if opened is None:
             if self._make_special(folders[1], name, found, about):
@@ -266,7 +264,7 @@ class Worker:
         first: tuple[int, str, Entry] | None = None
         for path, known in group:
             parent, name = split(path)
-            with _blaming(path), self._settled(done, path), ExitStack() as stack:
+            with _Blaming(path), self._settled(done, path), _Files() as files:
                 source = self._folder(self._source, parent)
                 target = self._folder(self._target, parent)
                 if first is not None:
@@ -276,7 +274,7 @@ class Worker:
                 found = os.stat(name, dir_fd=source, follow_symlinks=False)
                 if stat.S_ISDIR(found.st_mode) or self._is_lost(found):
                     continue
-                todo = Todo(name, known, found, _open_source(source, name, found, stack), looked)
+                todo = Todo(name, known, *_open_source(source, name, found, files), looked)
                 before = len(done.entries)
                 self._copy_one(done, parent, (source, target), todo)
                 if len(done.entries) > before:
@@ -328,7 +326,7 @@ class Worker:
         listed: what changed since shows in the next round."""
         done = self.done = nothing()
         for path, listed in folders:
-            with _blaming(path), self._settled(done, path):
+            with _Blaming(path), self._settled(done, path):
                 source = self._folder(self._source, path)
                 target = self._folder(self._target, path)
                 looked = time.time_ns()
@@ -353,17 +351,17 @@ class Worker:
         return Compared(numbers, different)
 
     def _compare_some(self, different: list[tuple[str, str]], path: str, names: Sequence[tuple[str, Entry]]) -> None:
-        with ExitStack() as stack:
+        with _Files() as files:
             todo = []
             for name, entry in names:
                 full = joined(path, name)
-                with _blaming(full):
+                with _Blaming(full):
                     try:
                         folder = self._folder(self._target, path)
                         opened = None
                         if stat.S_ISREG(entry.mode):
                             opened = os.open(name, _READ, dir_fd=folder)
-                            stack.callback(os.close, opened)
+                            files.append(opened)
                             if entry.size:
                                 content.drop_cache(opened, entry.size)
                         todo.append((full, folder, name, opened, entry))
@@ -374,7 +372,7 @@ class Worker:
                             raise
                         different.append((full, "is of another type"))
             for full, folder, name, opened, entry in todo:
-                with _blaming(full):
+                with _Blaming(full):
                     told = self._compare_one(folder, name, opened, entry)
                 if told:
                     different.append((full, told))
@@ -403,22 +401,24 @@ def split(path: str) -> tuple[str, str]:
     return folder, name
 
 
-def _open_source(folder: int, name: str, found: os.stat_result, stack: ExitStack) -> int | None:
-    """Regular files alone are opened, and fetched ahead. Raises Torn when it is another thing by now."""
+def _open_source(folder: int, name: str, found: os.stat_result, files: _Files) -> tuple[os.stat_result, int | None]:
+    """What it is before it is read. Regular files alone are opened, and fetched ahead. Raises Torn when it is another
+    thing by now."""
     if not stat.S_ISREG(found.st_mode):
-        return None
+        return found, None
     try:
         opened = os.open(name, _READ, dir_fd=folder)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):
             raise Torn from None
         raise
-    stack.callback(os.close, opened)
-    if not stat.S_ISREG(os.fstat(opened).st_mode):
+    files.append(opened)
+    found = os.fstat(opened)
+    if not stat.S_ISREG(found.st_mode):
         raise Torn
     if found.st_size:
         os.posix_fadvise(opened, 0, min(found.st_size, content.CHUNK), os.POSIX_FADV_WILLNEED)
-    return opened
+    return found, opened
 
 
 def _locked(folder: int, name: str) -> int:
@@ -438,12 +438,29 @@ def _lock(folder: int, name: str, flags: int) -> None:
         os.close(opened)
 
 
-@contextmanager
-def _blaming(path: str) -> Iterator[None]:
-    """An error of the system gets the path of the tree at which it happened."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise Failure(path, error.errno or errno.EIO, error.strerror or str(error)) from error
+class _Blaming:
+    """An error of the system gets the path of the tree at which it happened. A class, and `_Files` another, as what
+    contextlib makes of a generator or keeps on a stack is dear for what is done twice a file."""
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise Failure(self._path, error.errno or errno.EIO, error.strerror or str(error)) from error
+
+
+class _Files(list[int]):
+    """Descriptors, closed at the end."""
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in self:
+            os.close(each)
