@@ -113,10 +113,27 @@ def test_another_path_is_taken_where_there_is_none_or_when_told(mover: Mover) ->
         assert plan(mover, "images", path=path)["path"] == path
     with pytest.raises(ApiError, match="cannot go by native"):
         plan(mover, "elsewhere", path="native")
-    mounted = mover.mount("data")
-    assert mounted
+    mover.mount("data")
     assert "it is in use" in plan(mover, "images")["rejected"]["native"]
+    assert plan(mover, "images", path="native")["pause"] > 0
     mover.unmount("data")
+
+
+def test_told_so_it_goes_while_it_is_in_use(mover: Mover) -> None:
+    """The storage brings what there is, and what is written after that comes when its users have ended."""
+    fill(mover, "sized")
+    path = mover.mount("data")
+    reference = mover.begin("data", "images", path="native", wait=True)
+    wait_until(lambda: mover.volumed.api.get("migrations", reference)["phase"] == "converging", timeout=60)
+    (path / "later").write_bytes(os.urandom(100_000))
+    held = data_of(path)
+    mover.unmount("data")
+    moved = mover.outcome(reference)
+    assert (moved["phase"], moved["path"]) == ("kept", "native"), moved
+    assert 0 < moved["copied"] < 16 * MIB
+    assert data_of(mover.mount("data")) == held
+    mover.unmount("data")
+    mover.assert_clean()
 
 
 def test_a_raw_device_grows_on_its_way(mover: Mover) -> None:

@@ -199,7 +199,12 @@ def _sentence(migration: dict[str, Any]) -> str:
         case "kept" | "done":
             kept = "; the source is kept for an undo" if migration["phase"] == "kept" else ""
             pause = f", nobody could write for {_time(migration['pause'])}" if migration["pause"] is not None else ""
-            took = f"{size(migration['copied'])} copied in {_time(_duration(migration))}"
+            copied = f"{size(migration['copied'])} copied"
+            if migration["path"] == "native":
+                copied = (
+                    f"brought by the storage, {copied} besides" if migration["copied"] else "brought by the storage"
+                )
+            took = f"{copied} in {_time(_duration(migration))}"
             proof = f"verified as blake3 {migration['digest'][:16]}"
             return f"{volume} is on {target}: {took}, {proof}{pause}{kept}"
         case "aborted" | "rolled-back":

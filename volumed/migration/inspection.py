@@ -64,7 +64,9 @@ class Inspection:
             bytes=amount,
             files=census.files if census else 0,
             seconds=seconds,
-            pause=planner.estimated_pause(path, amount=amount, in_use=bool(others)),
+            pause=planner.estimated_pause(
+                path if path is MovePath.LIVE else chosen.carrier, amount=amount, in_use=bool(others)
+            ),
             touched=tuple(line for held in others for line in describe_each(held)),
             losses=tuple(
                 planner.losses_of(

@@ -117,7 +117,9 @@ def _native(volume: Volume, source: Backend, target: Backend, *, in_use: bool, w
     assert isinstance(driver, SupportsNativeCopy)
     way = target.call(lambda: driver.way_from(source.driver))
     if isinstance(driver, BlockDriver):
-        _blocks(volume, source, target, in_use=in_use, wish=wish)
+        if in_use and not wish.path:
+            raise NotSupported("it is in use, and would be read again while everybody waits (unless told to)")
+        _blocks(volume, source, target, in_use=False, wish=wish)
     return way
 
 
@@ -254,4 +256,4 @@ def estimated_pause(path: MovePath, *, amount: int, in_use: bool) -> float:
     move has them wait for the milliseconds in which the kernel swaps a table."""
     if not in_use or path is MovePath.LIVE:
         return 0.0
-    return 1.0 if path is MovePath.TREE else round(amount * 1.5 / BYTE_RATE[path], 1)
+    return 1.0 if path is MovePath.TREE else max(0.1, round(amount * 1.5 / BYTE_RATE[path], 1))
