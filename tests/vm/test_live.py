@@ -53,7 +53,9 @@ def test_power_cut(guest: Machine, point: str) -> None:
 
     guest.boot()
     guest.sh(f"rm {DROP_INS}/crash.conf; systemctl daemon-reload; systemctl start volumed.service", timeout=PATIENCE)
-    guest.sh("until volumectl migration show data | grep -q kept; do sleep 1; done", timeout=PATIENCE)
+    guest.sh(
+        'until volumectl -o json migration show data | grep -q \'"phase": "kept"\'; do sleep 1; done', timeout=PATIENCE
+    )
     assert "two" in guest.sh("volumectl inspect data", timeout=PATIENCE)
     check = f"""
 from pathlib import Path

@@ -209,7 +209,7 @@ def writing(daemon: Daemon) -> Iterator[Writer]:
 
 def test_a_move_under_its_writer(daemon: Daemon, writing: Writer) -> None:
     plan = daemon.migrations.plan("data", Wish(backend="two"))
-    assert (plan.path, plan.pause, plan.rejected) == (MovePath.LIVE, 0.0, {})
+    assert (plan.path, plan.carrier, plan.pause) == (MovePath.LIVE, MovePath.BLOCK, 0.0)
     moved = daemon.move("two")
     assert (moved.phase, moved.path, len(moved.digest)) == (MigrationPhase.KEPT, MovePath.LIVE, 64), moved.error
     print(f"the swap took {moved.pause} s")
