@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 from pathlib import Path
 
 from volumed.driver import Host
@@ -21,7 +20,6 @@ from volumed.model import Volume, VolumeId
 from volumed.testing import crash
 
 _log = logging.getLogger(__name__)
-_NODE = re.compile(r"volumed-(v[0-9a-f]{32})")
 
 
 def _name(volume_id: VolumeId) -> str:
@@ -150,7 +148,7 @@ class Layer:
     def nodes(self) -> dict[VolumeId, Path]:
         """Every node of ours on this machine."""
         found = mapper.MAPPER.iterdir() if self._host.device_mapper else iter(())
-        return {VolumeId(match[1]): path for path in found if (match := _NODE.fullmatch(path.name))}
+        return {VolumeId(match[1]): path for path in found if (match := mapper.VOLUME_NODE.fullmatch(path.name))}
 
     def remove_node(self, path: Path) -> None:
         mapper.remove(self._host, path.name)

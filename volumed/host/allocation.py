@@ -12,6 +12,7 @@ from pathlib import Path
 
 from volumed.driver import Extent
 from volumed.errors import HostError
+from volumed.host import mapper
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -22,6 +23,7 @@ _OFFSET = "/sys/dev/block/{}:{}/loop/offset"
 
 def data_extents(path: Path) -> list[Extent] | None:
     """What is not a hole, in order; all else reads as zeros. None for a device that does not tell."""
+    path = mapper.below(path)
     status = path.stat()
     if stat.S_ISREG(status.st_mode):
         return list(_data(path))

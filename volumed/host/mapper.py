@@ -8,6 +8,7 @@ Frozen is nothing meanwhile (--nolockfs), and what a failed leg kept is handed t
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from functools import cache
@@ -19,7 +20,8 @@ from volumed.errors import CommandFailed, HostError, InUse
 from volumed.host.run import ENVIRONMENT
 
 MAPPER = Path("/dev/mapper")
-_SYSFS = Path("/sys/class/block")
+# One that leads to a volume's device and does nothing else (`volumed.core.layer`).
+VOLUME_NODE = re.compile(r"volumed-(v[0-9a-f]{32})")
 _SECTOR = 512
 TIMEOUT = 60.0
 # Sectors that the mirror copies, and keeps writers of, at once: smaller is slower, larger makes a writer wait longer.
@@ -94,6 +96,15 @@ def legs(name: str) -> set[str]:
 
 def leads_to(name: str, device: Path) -> bool:
     return _number(device) in legs(name)
+
+
+def below(device: Path) -> Path:
+    """What a volume's node leads to, where that is one device; any other device as it is."""
+    if not VOLUME_NODE.fullmatch(device.name):
+        return device
+    folder = _sysfs(device) / "slaves"
+    names = [leg.name for leg in folder.iterdir()] if folder.is_dir() else []
+    return Path("/dev", names[0]) if len(names) == 1 else device
 
 
 def create(host: Host, name: str, table: str) -> Path:

@@ -21,6 +21,7 @@ from volumed.core.planning import CreateVolume
 from volumed.core.publications import Usage
 from volumed.errors import NotSupported
 from volumed.host import mapper
+from volumed.host.allocation import data_extents
 from volumed.host.linux import LinuxHost
 from volumed.migration.migrations import Migrations
 from volumed.migration.movers.mover import Control
@@ -208,6 +209,9 @@ def writing(daemon: Daemon) -> Iterator[Writer]:
 
 
 def test_a_move_under_its_writer(daemon: Daemon, writing: Writer) -> None:
+    known = data_extents(daemon.node())  # of the image below
+    assert known
+    assert sum(extent.length for extent in known) < SIZE
     plan = daemon.migrations.plan("data", Wish(backend="two"))
     assert (plan.path, plan.carrier, plan.pause) == (MovePath.LIVE, MovePath.BLOCK, 0.0)
     moved = daemon.move("two")
