@@ -351,10 +351,7 @@ def test_no_node_where_none_is_wanted(tmp_path: Path) -> None:
 # kill -9
 @pytest.mark.parametrize(
     "point",
-    [
-        *("layer.made", "migrate.planned", "migrate.made", "migrate.taken", "live.mirrored", "live.synced"),
-        *("migrate.advanced:4", "migrate.committed", "live.committed", "live.led", "migrate.hidden", "migrate.shown"),
-    ],
+    ["layer.made", "live.mirrored", "live.synced", "migrate.committed", "live.led", "migrate.hidden"],
 )
 def test_killed_at(daemon: Daemon, point: str) -> None:
     """In a process of its own; the kernel and the writer go on, and so does the daemon that starts after it."""
