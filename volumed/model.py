@@ -21,6 +21,7 @@ VolumeId = NewType("VolumeId", str)
 SnapshotId = NewType("SnapshotId", str)
 GroupSnapshotId = NewType("GroupSnapshotId", str)
 MigrationId = NewType("MigrationId", str)
+CopyId = NewType("CopyId", str)
 # How a driver finds a volume or a snapshot on its storage: made by the driver, parsed by nobody else.
 Handle = NewType("Handle", str)
 
@@ -39,6 +40,10 @@ def new_group_snapshot_id() -> GroupSnapshotId:
 
 def new_migration_id() -> MigrationId:
     return MigrationId(f"m{_new_id()}")
+
+
+def new_copy_id() -> CopyId:
+    return CopyId(f"c{_new_id()}")
 
 
 def _new_id() -> str:
@@ -129,6 +134,7 @@ class Volume(Record, frozen=True, kw_only=True, omit_defaults=True):
     class_name: str = ""  # that its backend was chosen from
     encryption: str = ""  # the name of its key in the settings; empty: it is not encrypted
     moved_to: VolumeId | None = None  # its id on the storage that it was moved to
+    hidden: CopyId | None = None  # the copy that it belongs to: it has no name, and nobody else uses it
 
     @property
     def stored_as(self) -> VolumeId:
@@ -153,6 +159,7 @@ class Snapshot(Record, frozen=True, kw_only=True, omit_defaults=True):
     size: int | None = None  # of a volume made from it
     claim: Claim | None = None
     group_id: GroupSnapshotId | None = None  # taken at one instant with others
+    hidden: CopyId | None = None  # the copy that it was taken for, and goes with
 
 
 class GroupSnapshot(Record, frozen=True, kw_only=True, omit_defaults=True):
@@ -369,3 +376,52 @@ class Migration(Record, frozen=True, kw_only=True, omit_defaults=True):
     def carried_by(self) -> MovePath:
         """BLOCK or TREE."""
         return self.carrier or self.path
+
+
+class CopyKind(enum.StrEnum):
+    CLONE = "clone"  # becomes a volume
+    BACKUP = "backup"  # is kept, and used by nobody
+    RESTORE = "restore"  # of a backup: becomes a volume, or takes the place of the volume's own data
+
+
+class CopyState(enum.StrEnum):
+    COPYING = "copying"
+    READY = "ready"  # proven; of a backup: it is there
+    REMOVING = "removing"
+    FAILED = "failed"
+
+    @property
+    def ended(self) -> bool:
+        return self in (self.READY, self.FAILED)
+
+
+class Copy(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """A volume's data at one point in time, on other storage. What it makes is hidden until the copy is READY, and goes
+    when it never becomes so."""
+
+    id: CopyId
+    kind: CopyKind
+    state: CopyState
+    node: str
+    volume_id: VolumeId  # whose data it is
+    volume_name: str
+    target: Place
+    path: MovePath
+    created: datetime
+    name: str = ""  # of the volume that it becomes; empty: of none
+    snapshot: str = ""  # of the volume, that it is made from; empty: of the volume as it is
+    of: CopyId | None = None  # the backup that is restored
+    base: CopyId | None = None  # the backup from which only what changed since was copied
+    made: VolumeId | None = None  # holds the data
+    size: int | None = None  # that the volume had, whose data it is
+    point: str = ""  # how it is of one point in time, for people
+    by: str = ""
+    bandwidth: int = 0  # bytes a second; 0: no limit
+    accepted: tuple[str, ...] = ()  # what may be lost
+    expected: int = 0  # bytes to read, as estimated
+    copied: int = 0  # bytes written
+    bytes: int = 0  # of all data
+    files: int = 0
+    digest: str = ""
+    ended: datetime | None = None
+    error: str = ""

@@ -20,8 +20,8 @@ pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 # Drivers whose own points their suites pass, where their storage is; `folder` is what nfs and gluster share.
 ELSEWHERE = ("lvm", "ceph-rbd", "cephfs", "ebs", "iscsi", "folder", "s3")
-# tests/migration/test_crash.py and test_native.py; tests/vm/guest/test_encryption.py and test_live.py
-OTHER_LIVES = ("migrate", "native", "encryption", "rotate", "live", "layer")
+# tests/migration/test_crash.py, test_native.py and test_backups.py; tests/vm/guest/test_encryption.py and test_live.py
+OTHER_LIVES = ("migrate", "copy", "native", "encryption", "rotate", "live", "layer")
 BACKENDS = ("local", "sized", "tree", "attached")
 
 

@@ -19,10 +19,9 @@ pytestmark = [pytest.mark.root, pytest.mark.slow]
 # Passed on the way back, on the way to an undo, or only when containers are stopped.
 BACK = {"migrate.destroyed", "migrate.unmounted-for-rollback", "migrate.rolled-back", "migrate.planned-back"}
 HELD = {"migrate.planned-hold", "migrate.held"}
-COPIES = {"migrate.filled"}
 ADVANCES = 7  # one for each phase from prepared to done
 FORTH = [
-    *(point for point in crash_points() if point.startswith("migrate.") and point not in BACK | HELD | COPIES),
+    *(point for point in crash_points() if point.startswith("migrate.") and point not in BACK | HELD),
     *(f"migrate.advanced:{number}" for number in range(2, ADVANCES + 1)),
 ]
 PAIRS = [("sized", "images"), ("local", "tree"), ("tree", "sized")]
@@ -133,17 +132,4 @@ def test_there_is_no_way_back_into_a_source_that_is_half_gone(mover: Mover, poin
     assert mover.volume("data")["backend"] == "images"
     assert data_of(mover.mount("data")) == held
     mover.unmount("data")
-    assert_agree_on_moved(volumed)
-
-
-def test_killed_in_a_copy(mover: Mover) -> None:
-    volumed, held = mover.volumed, fill(mover, "sized")
-    body = {"name": "copy", "backend": "tree"}
-    survive(volumed, "migrate.filled", lambda: volumed.api.post("volumes", "data", "copy", body=body))
-    assert [each["name"] for each in volumed.api.get("volumes")["volumes"]] == ["data"]
-    assert_agree_on_moved(volumed)
-    assert list((volumed.state / "migrations").glob("copy-*")) == []
-    volumed.api.post("volumes", "data", "copy", body=body)
-    assert data_of(mover.mount("copy")) == held
-    mover.unmount("copy")
     assert_agree_on_moved(volumed)

@@ -152,7 +152,7 @@ def _look(folder: int, name: str, status: os.stat_result) -> tuple[Any, ...]:
     extended = {
         each: os.getxattr(place, each, follow_symlinks=False)
         for each in os.listxattr(place, follow_symlinks=False)
-        if not each.startswith("trusted.SGI_ACL_")  # XFS shows an ACL twice
+        if not each.startswith(("trusted.SGI_ACL_", "trusted.volumed."))  # XFS shows an ACL twice; a driver's mark
     }
     data, special = "", (0, 0)
     if kind == stat.S_IFREG:

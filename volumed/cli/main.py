@@ -12,6 +12,7 @@ import click
 from volumed.cli.backends import backend, driver, placement_class
 from volumed.cli.bindings import ps, what, who
 from volumed.cli.client import DEFAULT_SOCKET, ApiError, Client
+from volumed.cli.copies import backup, restore
 from volumed.cli.encryption import encryption
 from volumed.cli.exit_codes import EXIT_CODES
 from volumed.cli.health import completion, doctor, events, version
@@ -42,7 +43,7 @@ def cli(context: click.Context, socket: Path, output: str) -> None:
 
 for command in (
     *(create, import_, clone, ls, inspect, df, expand, rm),
-    *(snapshot, migrate, migration, verify, who, what, ps, takeover),
+    *(snapshot, migrate, migration, verify, backup, restore, who, what, ps, takeover),
     *(encryption, backend, placement_class, driver, events, doctor, version, completion),
 ):
     cli.add_command(command)

@@ -96,7 +96,7 @@ def _show_plan(session: Session, volume: str, plan: dict[str, Any]) -> None:
     target = plan["target"]
     kind = f", {target['filesystem']}" if target["filesystem"] else ""
     none = "none: it is moved under its users" if plan["touched"] else "none: nobody uses it"
-    pause = f"about {_time(plan['pause'])}" if plan["pause"] else none
+    pause = f"about {time_shown(plan['pause'])}" if plan["pause"] else none
     session.output.fields(
         plan,
         {
@@ -108,7 +108,7 @@ def _show_plan(session: Session, volume: str, plan: dict[str, Any]) -> None:
             ],
             "phases": " > ".join(plan["phases"]),
             "data": size(plan["bytes"]) + (f" in {plan['files']} files" if plan["files"] else ""),
-            "time": f"about {_time(plan['seconds'])}",
+            "time": f"about {time_shown(plan['seconds'])}",
             "pause": pause,
             "used by": plan["touched"] or "nobody",
             "losses": [loss["text"] for loss in plan["losses"]] or "none",
@@ -116,7 +116,7 @@ def _show_plan(session: Session, volume: str, plan: dict[str, Any]) -> None:
     )
 
 
-def _time(seconds: float | None) -> str:
+def time_shown(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     if 0 < seconds < 1:
@@ -130,7 +130,7 @@ def _time(seconds: float | None) -> str:
 # Watching
 def _follow(session: Session, reference: str) -> int:
     last: dict[str, Any] = {}
-    with _bars(session) as show:
+    with bars(session) as show:
         for last in _states(session, reference):
             show(last)
     return _report(session, last)
@@ -149,12 +149,12 @@ def _states(session: Session, reference: str) -> Iterator[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _bars(session: Session) -> Iterator[Any]:
+def bars(session: Session) -> Iterator[Any]:
     """A bar for each step on a terminal; nothing elsewhere."""
     if not sys.stderr.isatty() or session.output.as_json:
         yield lambda state: None
         return
-    bars = _progress()
+    shown = _progress()
     tasks: dict[str, Any] = {}
 
     def show(state: dict[str, Any]) -> None:
@@ -164,11 +164,11 @@ def _bars(session: Session) -> Iterator[Any]:
         name = running["step"]
         if name not in tasks:
             for task in tasks.values():
-                bars.update(task, completed=bars.tasks[task].total)
-            tasks[name] = bars.add_task(clean(name), total=running["total"] or None)
-        bars.update(tasks[name], completed=running["done"], total=running["total"] or None)
+                shown.update(task, completed=shown.tasks[task].total)
+            tasks[name] = shown.add_task(clean(name), total=running["total"] or None)
+        shown.update(tasks[name], completed=running["done"], total=running["total"] or None)
 
-    with bars:
+    with shown:
         yield show
 
 
@@ -198,13 +198,15 @@ def _sentence(migration: dict[str, Any]) -> str:
     match migration["phase"]:
         case "kept" | "done":
             kept = "; the source is kept for an undo" if migration["phase"] == "kept" else ""
-            pause = f", nobody could write for {_time(migration['pause'])}" if migration["pause"] is not None else ""
+            pause = (
+                f", nobody could write for {time_shown(migration['pause'])}" if migration["pause"] is not None else ""
+            )
             copied = f"{size(migration['copied'])} copied"
             if migration["path"] == "native":
                 copied = (
                     f"brought by the storage, {copied} besides" if migration["copied"] else "brought by the storage"
                 )
-            took = f"{copied} in {_time(_duration(migration))}"
+            took = f"{copied} in {time_shown(_duration(migration))}"
             proof = f"verified as blake3 {migration['digest'][:16]}"
             return f"{volume} is on {target}: {took}, {proof}{pause}{kept}"
         case "aborted" | "rolled-back":
@@ -268,7 +270,7 @@ def ls(session: Session, every: bool) -> None:
                 "to": each["target"]["backend"],
                 "state": each["phase"] + (", paused" if each["paused"] else ""),
                 "rate": f"{size(int(running['rate']))}/s" if running.get("rate") else "-",
-                "left": _time(running.get("left")),
+                "left": time_shown(running.get("left")),
                 "when": ago(each["created"]),
             }
     columns = {"ID": "id", "VOLUME": "volume", "FROM": "from", "TO": "to", "PHASE": "state", "RATE": "rate"}
@@ -292,9 +294,9 @@ def show(session: Session, reference: str) -> None:
             "phase": found["phase"] + (", paused" if found["paused"] else ""),
             "now": running.get("step", ""),
             "copied": f"{size(found['copied'])} of {size(found['expected'])}",
-            "left": _time(running["left"]) if running.get("left") else "",
+            "left": time_shown(running["left"]) if running.get("left") else "",
             "digest": found["digest"],
-            "pause": _time(found["pause"]) if found["pause"] is not None else "",
+            "pause": time_shown(found["pause"]) if found["pause"] is not None else "",
             "error": found["error"],
             "by": found["by"],
             "kept until": f"{found['kept_until'][:19]}Z" if found["phase"] == "kept" else "",

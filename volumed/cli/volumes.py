@@ -109,11 +109,15 @@ def _create(session: Session, body: dict[str, Any]) -> None:
 @click.argument("source", metavar="VOLUME[@SNAPSHOT]")
 @click.argument("name")
 @click.option("--size", metavar="SIZE", help="Larger than the original.")
-@click.option("--to", "backend", default="", metavar="BACKEND", help="On other storage; VOLUME is used by nobody then.")
+@click.option("--to", "backend", default="", metavar="BACKEND", help="On other storage, verified.")
 @click.option("--accept-loss", default="", metavar="WORDS", help="With --to: what may be lost, as acls,hardlinks.")
 @pass_session
 def clone(session: Session, /, *, source: str, name: str, size: str | None, backend: str, accept_loss: str) -> None:
-    """Make a new volume with the data of another, or of a snapshot."""
+    """Make a new volume with the data of another, or of a snapshot.
+
+    With --to on another backend, read back and proven; of a volume in use only where its backend can take a snapshot
+    of one, so that the copy is of one moment.
+    """
     if not backend:
         _create(session, {"name": name, "source": source, "size": size})
         return

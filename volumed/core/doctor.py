@@ -133,8 +133,8 @@ class Doctor:
                 )
             if volume is None or volume.handle is None or volume.state is not VolumeState.READY:
                 continue
-            if self._repository.migration_of(volume_id) is not None:
-                continue  # held as its move needs it
+            if volume.hidden or self._repository.migration_of(volume_id) is not None:
+                continue  # held as its copy or its move needs it
             backend = self._backends.get(volume.backend)
             try:
                 observed = backend.call(partial(self._presence.observe, volume, backend.driver))

@@ -45,13 +45,18 @@ CAPACITY = Documented("volumed_backend_capacity_bytes", "Room of the backend, as
 AVAILABLE = Documented("volumed_backend_available_bytes", "... and what of it is free", ("backend",))
 STUCK = Documented("volumed_stuck_operations", "Operations set aside with an error, tried again on the timer")
 MIGRATIONS = Documented("volumed_migrations", "Moves of volumes, by phase; those that ended are history", ("phase",))
+COPIES = Documented(
+    "volumed_copies",
+    "Clones, backups and restores, by kind and state; but for backups those that ended are history",
+    ("kind", "state"),
+)
 MISSING = Documented("volumed_missing_mounts", "Running containers whose volume is not mounted")
 ORPHANS = Documented("volumed_findings", "What the last run of the doctor found, by kind", ("kind",))
 
 METRICS = (
     *(OPERATIONS, REQUESTS, RECONCILED, VOLUMES, PROVISIONED, BINDINGS),
     *(BACKEND_SINCE, CAPACITY, AVAILABLE),
-    *(MOUNTED, BACKEND_UP, STUCK, MIGRATIONS, MISSING, ORPHANS),
+    *(MOUNTED, BACKEND_UP, STUCK, MIGRATIONS, COPIES, MISSING, ORPHANS),
 )
 
 
@@ -120,6 +125,10 @@ class _LedgerCollector(Collector):
         for phase, count in Counts(migration.phase for migration in core.repository.migrations()).items():
             moves.add_metric([phase], count)
         yield moves
+        copies = _gauge(COPIES)
+        for labels, count in Counts((copy.kind, copy.state) for copy in core.repository.copies()).items():
+            copies.add_metric(labels, count)
+        yield copies
         yield _gauge(MISSING, len(core.bindings.missing_mounts()))
         found = _gauge(ORPHANS)
         for kind, count in dict(self._findings).items():

@@ -18,6 +18,7 @@ from volumed.errors import InvalidRequest, NotFound, NotSupported, OutOfRange
 from volumed.host import filesystems
 from volumed.model import (
     Claim,
+    CopyId,
     Ownership,
     SnapshotState,
     Volume,
@@ -48,6 +49,7 @@ class CreateVolume(msgspec.Struct, frozen=True, kw_only=True):
     multi_node: bool = False  # several nodes will use it at once
     class_name: str = ""
     encryption: str = ""  # the name of a key
+    hidden: CopyId | None = None  # the copy that it is made for
     places: tuple[dict[str, str], ...] = ()  # segments of topology, from one of which it must be reachable
 
 
@@ -68,9 +70,9 @@ class Planner:
         self._encryption = encryption
         self._here = here
 
-    def _volume(self, reference: str) -> Volume:
+    def _volume(self, reference: str, request: CreateVolume) -> Volume:
         volume = self._repository.volume_by_name(reference) or self._repository.volume(reference)
-        if volume is None:
+        if volume is None or (volume.hidden and not request.hidden):
             raise NotFound("there is no such volume", subject=f"volume {reference[:100]}")
         return volume
 
@@ -81,8 +83,8 @@ class Planner:
             return None
         name, at, snapshot_name = request.source.rpartition("@")
         if not at:
-            return Origin(volume=self._volume(request.source))
-        volume = self._volume(name)
+            return Origin(volume=self._volume(request.source, request))
+        volume = self._volume(name, request)
         snapshot = self._repository.snapshot_by_name(volume.id, snapshot_name)
         if snapshot is None or snapshot.state is not SnapshotState.READY:
             known = [found.name for found in self._repository.snapshots(volume.id)]
@@ -226,6 +228,7 @@ class Planner:
             ephemeral=request.ephemeral,
             class_name=request.class_name,
             encryption=request.encryption,
+            hidden=request.hidden,
         )
 
 

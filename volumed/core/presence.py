@@ -336,6 +336,10 @@ class Presence:
         kind.renew(self.host, device)
         path = self.establish(volume, driver)
         kind.grow(self.host, device, path)
+        before = path.stat()
+        with contextlib.suppress(OSError):  # e2fsck makes it; the original need not have it
+            (path / "lost+found").rmdir()
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     def initialise_root(self, volume: Volume, driver: Driver) -> None:
         """Owner and mode of the tree's root; and empty, or Docker would not fill it from the image."""

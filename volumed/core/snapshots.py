@@ -18,6 +18,7 @@ from volumed.driver import Capability
 from volumed.errors import AlreadyExists, InvalidRequest, NotFound
 from volumed.model import (
     Claim,
+    CopyId,
     OperationKind,
     Snapshot,
     SnapshotState,
@@ -68,7 +69,7 @@ class Snapshots:
             )
         return snapshot
 
-    def create(self, reference: str, name: str = "") -> Snapshot:
+    def create(self, reference: str, name: str = "", *, hidden: CopyId | None = None) -> Snapshot:
         """A snapshot of what the volume holds now; named after the time when no name is given.
 
         Raises AlreadyExists for a name that is taken, InUse when only an unused volume can be snapshotted.
@@ -76,7 +77,7 @@ class Snapshots:
         volume = self._volumes.get(reference)
         name = name or f"{now():%Y%m%d-%H%M%S}"
         check_name(name, what="snapshot")
-        return self._begin(volume, name, None)
+        return self._begin(volume, name, None, hidden=hidden)
 
     def create_claimed(self, volume: Volume, claim: str) -> Snapshot:
         """A snapshot by the name that an orchestrator gave it, unique over all volumes; the same again returns it.
@@ -95,12 +96,14 @@ class Snapshots:
             raise AlreadyExists(f"{claim!r} is a snapshot of another volume", subject=f"volume {volume.name}")
         return there
 
-    def _begin(self, volume: Volume, name: str, claim: Claim | None) -> Snapshot:
+    def _begin(self, volume: Volume, name: str, claim: Claim | None, *, hidden: CopyId | None = None) -> Snapshot:
         backend = self._backends.get(volume.backend)
         backend.require(Capability.SNAPSHOT)
-        return backend.call(lambda: self._create(volume.id, name, claim, backend))
+        return backend.call(lambda: self._create(volume.id, name, claim, hidden, backend))
 
-    def _create(self, volume_id: VolumeId, name: str, claim: Claim | None, backend: Backend) -> Snapshot:
+    def _create(
+        self, volume_id: VolumeId, name: str, claim: Claim | None, hidden: CopyId | None, backend: Backend
+    ) -> Snapshot:
         with self._locks.hold(volume_id):
             volume = self._settled(volume_id)
             backend = self._backends.get(volume.backend)
@@ -117,6 +120,7 @@ class Snapshots:
                 created=now(),
                 size=volume.size,
                 claim=claim,
+                hidden=hidden,
             )
             with self._journal.recorded(OperationKind.SNAPSHOT_CREATE, volume, snapshot_id=snapshot.id) as operation:
                 with self._repository.transaction() as transaction:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Sequence
 
 import msgspec
 
@@ -64,7 +65,7 @@ class Volumes:
     def get(self, reference: str) -> Volume:
         """By name, else by id. Raises NotFound."""
         volume = self._repository.volume_by_name(reference) or self._repository.volume(reference)
-        if volume is None:
+        if volume is None or volume.hidden:
             raise NotFound("there is no such volume", subject=f"volume {reference[:100]}")
         return volume
 
@@ -77,7 +78,13 @@ class Volumes:
 
     def list(self, *, after: str = "", limit: int | None = None) -> list[Volume]:
         """In the order of their ids; the next page is after the last one's id."""
-        return self._repository.volumes(after=after, limit=limit)
+        found: list[Volume] = []
+        while page := self._repository.volumes(after=after, limit=None if limit is None else limit - len(found)):
+            found += [volume for volume in page if not volume.hidden]
+            if limit is None or len(found) == limit:
+                break
+            after = page[-1].id
+        return found
 
     def names(self) -> Sequence[tuple[str, VolumeId]]:
         """Every name with its id; cheap, however many there are."""
@@ -88,16 +95,15 @@ class Volumes:
         return {key for backend in self._backends.all() for key in option_keys(backend.driver.VolumeOptions)}
 
     # Making
-    def create(self, request: CreateVolume, *, fill: Callable[[Volume], None] | None = None) -> Volume:
-        """The volume asked for; the one that is there when it is what was asked for. `fill` gives it data before it is
-        there for anybody.
+    def create(self, request: CreateVolume) -> Volume:
+        """The volume asked for; the one that is there when it is what was asked for.
 
         Raises AlreadyExists when the name belongs to another kind of volume; InvalidRequest, NotSupported,
         CapacityExhausted and what the backend raises, and then nothing is left behind.
         """
         check_name(request.name)
         check_labels(request.labels)
-        existing = self._repository.volume_by_name(request.name)
+        existing = self._named(request)
         if existing is not None and existing.state is VolumeState.READY:
             return self._same(existing, request)
         origin = self._planner.origin(request)
@@ -106,7 +112,7 @@ class Volumes:
         backend = self._planner.place(request, origin)
         request = self._planner.in_class(request, backend, origin)
         planned = self._planner.plan(request, backend, origin)
-        return backend.call(lambda: self._create(request, planned, backend, origin, fill))
+        return backend.call(lambda: self._create(request, planned, backend, origin))
 
     def _create(
         self,
@@ -114,11 +120,10 @@ class Volumes:
         volume: Volume,
         backend: Backend,
         origin: Origin | None,
-        fill: Callable[[Volume], None] | None,
     ) -> Volume:
         subject = f"volume {request.name}"
         with self._locks.hold(f"name:{request.name}", subject=subject), self._locks.hold(volume.id):
-            existing = self._repository.volume_by_name(request.name)
+            existing = self._named(request)
             if existing is not None:
                 with self._locks.hold(existing.id, subject=subject):
                     existing = self._journal.settle(existing)  # an earlier attempt that was cut short
@@ -132,15 +137,19 @@ class Volumes:
                 volume = self._provision.make(volume, backend, origin)
                 if request.claim is not None:
                     _check_limit(volume, request.claim)
-                if fill is not None:
-                    fill(volume)
                 crash.point("create.made")
                 with self._repository.transaction() as transaction:
                     transaction.put(volume)
                     transaction.delete(operation)
             crash.point("create.committed")
-        self._events.publish("volume.created", volume.name, f"created on backend {backend.name}", backend=backend.name)
+        if not volume.hidden:
+            text = f"created on backend {backend.name}"
+            self._events.publish("volume.created", volume.name, text, backend=backend.name)
         return volume
+
+    def _named(self, request: CreateVolume) -> Volume | None:
+        """What has the name already; one that is hidden takes none."""
+        return None if request.hidden else self._repository.volume_by_name(request.name)
 
     def _same(self, volume: Volume, request: CreateVolume) -> Volume:
         """Raises AlreadyExists, naming what differs between the volume and the request."""
@@ -183,6 +192,12 @@ class Volumes:
             return Removal(volume=volume, used=self._provision.used(volume, backend))
         return backend.call(lambda: self._remove(volume.id, backend))
 
+    def discard(self, volume: Volume) -> None:
+        """One that is hidden; gone already is success."""
+        backend = self._backends.get(volume.backend)
+        with contextlib.suppress(NotFound):
+            backend.call(lambda: self._remove(volume.id, backend))
+
     def _remove(self, volume_id: VolumeId, backend: Backend) -> Removal:
         with self._locks.hold(volume_id):
             volume = self._by_id(volume_id)
@@ -204,7 +219,8 @@ class Volumes:
                         transaction.delete(doomed)
                         transaction.delete(operation)
                 crash.point("delete.committed")
-        self._events.publish("volume.removed", volume.name, "removed with its data", backend=backend.name)
+        if not volume.hidden:
+            self._events.publish("volume.removed", volume.name, "removed with its data", backend=backend.name)
         return Removal(volume=volume, used=None)
 
     def _check_removable(self, volume: Volume) -> None:

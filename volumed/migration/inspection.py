@@ -27,11 +27,12 @@ class Inspection:
     def __init__(self, core: Core) -> None:
         self._core = core
 
-    def plan(self, volume: Volume, wish: Wish) -> Plan:
+    def plan(self, volume: Volume, wish: Wish, *, anywhere: bool = False) -> Plan:
+        """`anywhere`: on its own backend, too."""
         core = self._core
         handle_of(volume)
         source, target = core.backends.get(volume.backend), core.backends.get(wish.backend)
-        if source is target and not (wish.size or wish.filesystem or wish.options):
+        if source is target and not anywhere and not (wish.size or wish.filesystem or wish.options):
             raise NotSupported(
                 f"lies on backend {source.name} already", subject=f"volume {volume.name}", hint="name another backend"
             )

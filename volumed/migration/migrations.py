@@ -8,8 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 
-import msgspec
-
 from volumed import context
 from volumed.core.core import Core
 from volumed.errors import InvalidRequest, PreconditionFailed, VolumedError
@@ -17,10 +15,11 @@ from volumed.migration import losses
 from volumed.migration.copies import Copies
 from volumed.migration.inspection import Inspection
 from volumed.migration.live import LiveMove
-from volumed.migration.move import Move, Step, StopWriters
+from volumed.migration.move import Move, StopWriters
 from volumed.migration.movers.mover import Control, Stopped
 from volumed.migration.places import OtherPlace, at, place_of
 from volumed.migration.planner import Plan, Wish
+from volumed.migration.progress import Progress, progress_of
 from volumed.migration.records import Records
 from volumed.migration.site import Site
 from volumed.migration.undo import Undo, refuse_second
@@ -37,16 +36,6 @@ PER_BACKEND, PER_NODE = 4, 8
 MOST_ATTEMPTS = 20
 LONGEST_PAUSE = 30.0
 SWEEP = 5.0
-
-
-class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """Of a running move. `rate`: bytes a second since the step began; `left`: seconds, None when it is not known."""
-
-    step: str
-    done: int = 0
-    total: int = 0
-    rate: float = 0.0
-    left: float | None = None
 
 
 class Migrations:
@@ -78,11 +67,7 @@ class Migrations:
         move = self._moves.get(migration.id)
         if move is None:
             return None
-        step: Step = move.step
-        done = move.control.bytes - step.base
-        rate = done / max(time.monotonic() - step.begun, 0.001)
-        left = max(0.0, (step.total - done) / rate) if step.total and rate else None
-        return Progress(step=step.name, done=done, total=step.total, rate=rate, left=left)
+        return progress_of(move.step, move.control)
 
     def plan(self, reference: str, wish: Wish) -> Plan:
         """What a move would do. Changes nothing; looks through the volume's data."""
@@ -204,7 +189,7 @@ class Migrations:
     def recover(self) -> None:
         """Before the machine is brought to what the ledger says: holds of moves that are over go, and a volume whose
         move had passed its commit point is shown at its new place."""
-        self.copies.forget()
+        self.copies.recover()
         self.verifications.forget()
         known = {migration.id: migration for migration in self.all() if not migration.phase.ended}
         for held in self._core.repository.bindings(node=self._core.node):
@@ -224,6 +209,7 @@ class Migrations:
             if stranded or self._is_to_go_on(migration):
                 self._spawn(migration.id)
         threading.Thread(target=self._sweep, name="migrations", daemon=True).start()
+        self.copies.start()
 
     def _is_to_go_on(self, migration: Migration) -> bool:
         over = migration.phase.ended or migration.phase is MigrationPhase.KEPT
@@ -232,6 +218,7 @@ class Migrations:
     def stop(self) -> None:
         """What was copied stays, and goes on at the next start."""
         self._closing.set()
+        self.copies.stop()
         with self._guard:
             running = list(self._running.values())
         for _, control in running:

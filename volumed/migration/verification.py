@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,8 @@ import msgspec
 from volumed import context
 from volumed.core.core import Core
 from volumed.driver import FilesystemDriver
-from volumed.errors import InUse, VolumedError
+from volumed.errors import IntegrityError, InUse, VolumedError
+from volumed.migration.copying import workdir_of
 from volumed.migration.inspection import Inspection
 from volumed.migration.losses import named
 from volumed.migration.movers import block, tree
@@ -32,7 +33,7 @@ from volumed.migration.movers.tree import TreeMover
 from volumed.migration.places import OtherPlace, at, device_of
 from volumed.migration.records import Records
 from volumed.migration.undo import moved_at, refuse_second, users_since
-from volumed.model import Migration, MigrationPhase, MovePath, Volume, VolumeMode, now
+from volumed.model import Copy, CopyKind, CopyState, Migration, MigrationPhase, MovePath, Volume, VolumeMode, now
 
 _PREFIX = "read-"
 
@@ -80,12 +81,14 @@ class Found(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What a copy was proven by. `workdir` may be gone, or not hold what it should any more."""
+    """What a copy was proven by. `workdir` may be gone, or not hold what it should any more. `beginning`: what it is
+    compared with may be a larger device."""
 
     path: MovePath
     digest: str
     workdir: Path
     losses: frozenset[str] = frozenset()
+    beginning: bool = False
 
 
 class Verifications:
@@ -102,26 +105,21 @@ class Verifications:
         moved = self._last_move(volume)
         with context.request(context.request_id.get()), self._folder() as folder:
             tell(f"reading {volume.backend}")
-            changed = self._changed_since(volume, moved) if moved else ""
+            changed = self._changed_since_move(volume, moved) if moved else ""
             by_blocks = volume.mode is VolumeMode.BLOCK or bool(
                 moved and moved.carried_by is MovePath.BLOCK and not changed
             )
             found = (self._read_blocks if by_blocks else self._read_tree)(volume, folder / "volume", control)
             comparisons = []
+            held = self._last_backup(volume)
+            if held is not None and held.path is found.path:
+                comparisons.append(self._with_backup(found, volume, held))
             if moved is not None:
                 comparisons.append(self._with_record(found, moved, changed))
                 if moved.phase is MigrationPhase.KEPT:
                     tell(f"reading {moved.source.backend}")
                     comparisons.append(self._of_source(volume, moved, folder / "source", control))
-        return Verification(
-            volume=volume.name,
-            path=found.path,
-            digest=found.digest,
-            bytes=found.bytes,
-            files=found.files,
-            seconds=round(time.monotonic() - begun, 3),
-            comparisons=tuple(comparisons),
-        )
+        return _verification(volume.name, found, begun, comparisons)
 
     def check(self, reference: str) -> Volume:
         """Raises NotFound, and InUse for one that cannot be read now."""
@@ -164,23 +162,59 @@ class Verifications:
             None,
         )
 
-    def _changed_since(self, volume: Volume, moved: Migration) -> str:
-        """Why it may rightly be otherwise than it was moved; empty when it may not."""
-        moment, repository = moved_at(moved), self._core.repository
+    def _changed_since_move(self, volume: Volume, moved: Migration) -> str:
+        if moved.carried_by is MovePath.BLOCK and moved.target.size != moved.source.size:
+            return "was given another size by its move, which its blocks show"
+        return self._changed_since(volume, moved_at(moved), moved.carried_by)
+
+    def _changed_since(self, volume: Volume, moment: datetime, path: MovePath) -> str:
+        """Why it may rightly be otherwise than it was then; empty when it may not."""
+        repository = self._core.repository
         users = users_since(repository, volume, moment)
         if users:
             return f"was used since by {', '.join(users)}"
         rewritten = repository.touched(volume.id, rewritten=True)
         if rewritten and rewritten > moment:
             return f"was put back to another state at {rewritten:%Y-%m-%d %H:%M:%S}Z"
-        if moved.carried_by is MovePath.BLOCK and moved.target.size != moved.source.size:
-            return "was given another size by its move, which its blocks show"
         touched = repository.touched(volume.id)
-        if moved.carried_by is MovePath.BLOCK and touched and touched > moment:
+        if path is MovePath.BLOCK and volume.mode is VolumeMode.FILESYSTEM and touched and touched > moment:
             return f"was mounted or grown since, at {touched:%Y-%m-%d %H:%M:%S}Z, which its blocks show"
         if moment < now() - timedelta(seconds=self._core.settings.history):
-            return "was moved longer ago than the history of its users reaches"
+            return "it is longer ago than the history of its users reaches"
         return ""
+
+    def _last_backup(self, volume: Volume) -> Copy | None:
+        """Of the volume as it was then, and of none of its snapshots."""
+        found = [
+            copy
+            for copy in self._core.repository.copies()
+            if copy.kind is CopyKind.BACKUP
+            and copy.state is CopyState.READY
+            and copy.volume_id == volume.id
+            and not copy.snapshot
+        ]
+        return found[-1] if found else None
+
+    def _with_backup(self, found: Found, volume: Volume, held: Copy) -> Comparison:
+        changed = self._changed_since(volume, held.created, held.path)
+        return compare(found, self._kept(held), against=f"the record of backup {held.id}", changed=changed)
+
+    def _kept(self, held: Copy) -> Kept:
+        losses = self._missing(held.target.backend, held.accepted)
+        return Kept(held.path, held.digest, workdir_of(self._core, held), losses, beginning=True)
+
+    def run_backup(self, held: Copy, control: Control, tell: Callable[[str], None]) -> Verification:
+        """A backup against its record."""
+        begun = time.monotonic()
+        volume = self._core.repository.volume(held.made) if held.made else None
+        if volume is None:
+            raise IntegrityError("its data is gone", subject=f"backup {held.id}", hint="run `volumectl doctor`")
+        with context.request(context.request_id.get()), self._folder() as folder:
+            tell(f"reading {volume.backend}")
+            by_blocks = held.path is MovePath.BLOCK
+            found = (self._read_blocks if by_blocks else self._read_tree)(volume, folder / "volume", control)
+            comparison = compare(found, self._kept(held), against=f"the record of backup {held.id}")
+        return _verification(f"backup {held.id}", found, begun, [comparison])
 
     # Reading
     def _read_tree(self, volume: Volume, folder: Path, control: Control) -> Found:
@@ -229,11 +263,25 @@ class Verifications:
 
     def _with_record(self, found: Found, moved: Migration, changed: str) -> Comparison:
         against = f"the record of move {moved.id} from {moved.source.backend}"
-        driver = self._core.backends.get(moved.target.backend).driver
-        missing = driver.cannot_hold if isinstance(driver, FilesystemDriver) else frozenset[str]()
-        workdir = self._workdirs / moved.id
-        kept = Kept(moved.carried_by, moved.digest, workdir, named(missing, moved.accepted))
+        losses = self._missing(moved.target.backend, moved.accepted)
+        kept = Kept(moved.carried_by, moved.digest, self._workdirs / moved.id, losses)
         return compare(found, kept, against=against, changed=changed)
+
+    def _missing(self, backend: str, accepted: tuple[str, ...]) -> frozenset[str]:
+        driver = self._core.backends.get(backend).driver
+        return named(driver.cannot_hold, accepted) if isinstance(driver, FilesystemDriver) else frozenset()
+
+
+def _verification(name: str, found: Found, begun: float, comparisons: list[Comparison]) -> Verification:
+    return Verification(
+        volume=name,
+        path=found.path,
+        digest=found.digest,
+        bytes=found.bytes,
+        files=found.files,
+        seconds=round(time.monotonic() - begun, 3),
+        comparisons=tuple(comparisons),
+    )
 
 
 def _read(mover: BlockMover | TreeMover, path: MovePath, control: Control) -> Found:
@@ -256,7 +304,8 @@ def compare(found: Found, kept: Kept, *, against: str, changed: str = "") -> Com
     if changed:
         return Comparison(against=against, outcome=Outcome.CHANGED, text=changed, differences=tuple(details or ()))
     if details == []:  # all that differs is what was to be lost
-        return Comparison(against=against, outcome=Outcome.EQUAL, text=f"but for {', '.join(sorted(kept.losses))}")
+        text = f"but for {', '.join(sorted(kept.losses))}" if kept.losses else ""
+        return Comparison(against=against, outcome=Outcome.EQUAL, text=text)
     if details is None and kept.losses:
         text = f"it does without {', '.join(sorted(kept.losses))}, and no more than one digest is kept"
         return Comparison(against=against, outcome=Outcome.UNKNOWN, text=text)
@@ -273,4 +322,4 @@ def _details(found: Found, kept: Kept) -> list[str] | None:
         return None
     if by_tree:
         return tree.differences(kept.workdir, found.workdir, losses=kept.losses)
-    return block.differences(kept.workdir, found.workdir)
+    return block.differences(kept.workdir, found.workdir, beginning=kept.beginning)

@@ -19,6 +19,8 @@
     migrating/<volume>                             the id of its move, up to the commit point
     places/<id on storage>                         the id of the move that holds it: its target, later its source
     disturbed/<volume>                             somebody mounted it while it was copied as blocks
+    copies/<id>                                    Copy
+    hidden/<volume or snapshot>                    index: what a copy made for itself -> the id of its volume
     touched/<volume>                               when volumed itself last mounted it for a look, or grew it
     rewritten/<volume>                             when it was last put back to a snapshot or a backup
 
@@ -39,6 +41,7 @@ import msgspec
 from volumed.model import (
     Attachment,
     Binding,
+    Copy,
     Engine,
     GroupSnapshot,
     HistoricBinding,
@@ -87,6 +90,7 @@ _KEYS: dict[type[Record], Callable[[Any], str]] = {
     HistoricBinding: lambda ended: f"history/{ended.volume_id}/{ended.until.isoformat()}/{_quoted(ended.mount_id)}",
     Node: lambda node: f"nodes/{_quoted(node.name)}",
     Migration: lambda migration: f"migrations/{_quoted(migration.id)}",
+    Copy: lambda copy: f"copies/{_quoted(copy.id)}",
     Attachment: lambda attachment: f"attachments/{attachment.volume_id}/{_quoted(attachment.node)}",
 }
 
@@ -102,7 +106,8 @@ def _index(record: Record) -> dict[str, bytes]:
     """The keys beside the record's own that lead to it."""
     match record:
         case Volume():
-            index = {_name_key(record.name): record.id.encode()}
+            key = f"hidden/{record.id}" if record.hidden else _name_key(record.name)
+            index = {key: record.id.encode()}
             if record.ephemeral:
                 index[f"ephemeral/{record.id}"] = b""
             if record.moved_to is not None:
@@ -117,6 +122,8 @@ def _index(record: Record) -> dict[str, bytes]:
             }
             if record.claim is not None:
                 index[_claim_key("snapshot", record.claim.name)] = record.id.encode()
+            if record.hidden is not None:
+                index[f"hidden/{record.id}"] = record.volume_id.encode()
             return index
         case GroupSnapshot():
             return {_claim_key("group", record.name): record.id.encode()}
@@ -157,6 +164,17 @@ class Transaction:
         self.puts.update(index)
         if previous is not None:
             self.deletes.extend(stale for stale in _index(previous) if stale not in index)
+
+    def name(self, volume: Volume, *, previous: Volume) -> None:
+        """What was hidden gets its name, if nobody has it."""
+        self.put(volume, previous=previous)
+        self.expect[_name_key(volume.name)] = 0
+
+    def swap(self, one: tuple[Volume, Volume], other: tuple[Volume, Volume]) -> None:
+        """Two volumes, each as it was and as it is, exchange their places: a key that the one leaves is the other's."""
+        for before, after in (one, other):
+            self.put(after, previous=before)
+        self.deletes = [key for key in self.deletes if key not in self.puts]
 
     def disturb(self, volume_id: VolumeId) -> None:
         """Whatever copies the volume's blocks must look at all of them again."""
@@ -259,6 +277,23 @@ class Repository:
 
     def calm(self, volume_id: VolumeId) -> None:
         self.store.commit(delete=[f"disturbed/{volume_id}"])
+
+    # Copies
+    def copy(self, copy_id: str) -> Copy | None:
+        return _decode(Copy, self.store.get(f"copies/{_quoted(copy_id)}"))
+
+    def copies(self) -> list[Copy]:
+        """In the order they were begun."""
+        return self._scan(Copy, "copies/")
+
+    def hidden_volumes(self) -> list[Volume]:
+        return [volume for key in self._hidden() if (volume := self.volume(key)) is not None]
+
+    def hidden_snapshots(self) -> list[Snapshot]:
+        return [snapshot for key in self._hidden() if (snapshot := self.snapshot_by_id(key)) is not None]
+
+    def _hidden(self) -> list[str]:
+        return [key.removeprefix("hidden/") for key in self.store.keys("hidden/")]
 
     # Snapshots
     def snapshot(self, volume_id: VolumeId, snapshot_id: SnapshotId) -> Snapshot | None:

@@ -13,7 +13,8 @@ from fastapi.responses import StreamingResponse
 from pydantic import BeforeValidator, Field
 
 from volumed.errors import InvalidRequest
-from volumed.frontends.admin.schemas import Body, Size, View, VolumeView
+from volumed.frontends.admin.copies import copy_routers
+from volumed.frontends.admin.schemas import Body, Size, View
 from volumed.frontends.admin.verification import verification_router
 from volumed.migration.migrations import Migrations
 from volumed.migration.planner import Wish
@@ -56,19 +57,6 @@ class MigrateBody(Body):
     def wish(self) -> Wish:
         fields = {key: value for key, value in dict(self).items() if key not in ("accept_loss", "bandwidth")}
         return Wish(**fields, accept=self.accept_loss, bandwidth=self.bandwidth or 0)
-
-
-class CopyBody(Body):
-    name: str = Field(description="Of the new volume")
-    backend: str
-    size: Size | None = None
-    filesystem: str = ""
-    options: dict[str, str] = Field(default={}, description="The target driver's own")
-    accept_loss: tuple[str, ...] = ()
-
-    def wish(self) -> Wish:
-        fields = {key: value for key, value in dict(self).items() if key not in ("name", "accept_loss")}
-        return Wish(**fields, accept=self.accept_loss)
 
 
 class RollbackBody(Body):
@@ -150,7 +138,7 @@ class MigrationView(View):
 
 
 def migration_routers(migrations: Migrations) -> list[APIRouter]:
-    return [_begin(migrations), _moves(migrations), verification_router(migrations)]
+    return [_begin(migrations), _moves(migrations), verification_router(migrations), *copy_routers(migrations)]
 
 
 def _view(migrations: Migrations, migration: Migration) -> MigrationView:
@@ -174,11 +162,6 @@ def _begin(migrations: Migrations) -> APIRouter:
     def plan(reference: str, body: MigrateBody) -> PlanView:
         """What a move would do; changes nothing."""
         return PlanView.model_validate(migrations.plan(reference, body.wish()))
-
-    @router.post("/{reference}/copy", status_code=201)
-    def copy(reference: str, body: CopyBody) -> VolumeView:
-        """A new volume on another backend with this one's data, proven equal; nobody may use this one meanwhile."""
-        return VolumeView.model_validate(migrations.copies.make(reference, body.name, body.wish()))
 
     @router.post("/{reference}/migrate", status_code=201)
     def migrate(reference: str, body: MigrateBody) -> MigrationView:

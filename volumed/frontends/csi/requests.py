@@ -46,7 +46,11 @@ def find_volume(core: Core, volume_id: str) -> Volume:
     """By its id, or, for one that lives inside a pod's life, by the id that kubelet made up. Raises NotFound."""
     required(volume_id, "volume id")
     volume = core.repository.volume(volume_id) or core.repository.volume_by_name(volume_id)
-    if volume is not None and (volume.id == volume_id or (volume.ephemeral and volume.name == volume_id)):
+    if (
+        volume is not None
+        and not volume.hidden
+        and (volume.id == volume_id or (volume.ephemeral and volume.name == volume_id))
+    ):
         return volume
     raise NotFound("there is no such volume", subject=f"volume {volume_id}")
 

@@ -215,14 +215,22 @@ class BlockMover(Mover):
             self._chunks = None
 
 
-def differences(before: Path, after: Path) -> list[str]:
-    """What the second of two workdirs knows otherwise than the first, for people, at most a hundred."""
+def differences(before: Path, after: Path, *, beginning: bool = False) -> list[str]:
+    """What the second of two workdirs knows otherwise than the first, for people, at most a hundred. `beginning`: it
+    may be larger, and its beginning alone is compared."""
     kept, fresh = Chunks.kept(before / "chunks"), Chunks.kept(after / "chunks")
     with contextlib.closing(kept), contextlib.closing(fresh):
-        if kept.size != fresh.size:
+        if fresh.size < kept.size or (fresh.size > kept.size and not beginning):
             return [f"has {fresh.size} bytes, not {kept.size}"]
-        other = [number for number in range(kept.count) if kept.digest(number) != fresh.digest(number)]
+        count = kept.count if fresh.size == kept.size else kept.size // CHUNK
+        other = [number for number in range(count) if kept.digest(number) != fresh.digest(number)]
         return [_named(number, kept) for number in other[:MOST_DIFFERENCES]]
+
+
+def size_in(workdir: Path) -> int:
+    """Bytes of the device that a finished copy was made of."""
+    with contextlib.closing(Chunks.kept(workdir / "chunks")) as kept:
+        return kept.size
 
 
 def digest(workdir: Path) -> str:

@@ -22,7 +22,8 @@ _ACLS = frozenset({"system.posix_acl_access", "system.posix_acl_default"})
 # What a file system says of itself in the form of attributes.
 _OF_THE_FILESYSTEM = ("ceph.", "glusterfs.", "trusted.glusterfs.", "trusted.afr.", "trusted.gfid", "system.nfs4_acl")
 _OF_THE_FILESYSTEM_TOO = ("system.cifs_acl", "trusted.SGI_ACL_", "btrfs.", "system.sockprotoname")
-_SKIPPED = _OF_THE_FILESYSTEM + _OF_THE_FILESYSTEM_TOO
+_OF_VOLUMED = ("trusted.volumed.",)  # a driver's mark says which volume it is: each side keeps its own
+_SKIPPED = _OF_THE_FILESYSTEM + _OF_THE_FILESYSTEM_TOO + _OF_VOLUMED
 _NO_ATTRIBUTES = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODATA)
 _BIRTH_FLAGS = posix.XFLAG_IMMUTABLE | posix.XFLAG_APPEND
 

@@ -37,6 +37,7 @@ _VERSION = 1
 class Manifest:
     def __init__(self, path: Path) -> None:
         self._connection = apsw.Connection(str(path))
+        self._connection.set_busy_timeout(10_000)
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "cache_size=-49152", "temp_store=FILE"):
             self._connection.execute(f"PRAGMA {pragma}")
         version = self._connection.pragma("user_version")
