@@ -166,7 +166,11 @@ class DirectoryDriver(FilesystemDriver, SupportsExpand, SupportsCapacity, Suppor
             (trash / "data").rmdir()
             trash.rmdir()
         except OSError:
-            self.host.run(["rm", "-rf", "--one-file-system", "--", trash], timeout=REMOVE_TIMEOUT)
+            remove: list[str | Path] = ["rm", "-rf", "--one-file-system", "--", trash]
+            if self.host.run(remove, timeout=REMOVE_TIMEOUT, check=False).returncode:
+                # Something immutable may be in it. chattr(1) says failure for all that can have no flags, too.
+                self.host.run(["chattr", "-R", "-f", "-ia", trash], timeout=REMOVE_TIMEOUT, check=False)
+                self.host.run(remove, timeout=REMOVE_TIMEOUT)
 
     def inspect(self, handle: Handle) -> Facts:
         folder = self._path / handle

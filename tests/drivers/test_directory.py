@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import MakeFilesystem, sh
 from volumed.driver import Capability, Driver, VolumeSpec
 from volumed.errors import BackendUnavailable, NotSupported
 from volumed.host.linux import LinuxHost
@@ -56,6 +57,18 @@ def test_a_full_volume_is_removed_with_all_it_holds(tmp_path: Path) -> None:
         (deep / "file").write_text("x")
     driver.delete(handle)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_immutable_is_removed_as_well(make_filesystem: MakeFilesystem) -> None:
+    path = make_filesystem("ext4", size=64 << 20) / "volumes"
+    driver = make(path)
+    handle = driver.create(spec()).handle
+    (path / handle / "data" / "frozen").mkdir()
+    (path / handle / "data" / "frozen" / "file").write_text("x")
+    (path / handle / "data" / "link").symlink_to("frozen")
+    sh("chattr", "-R", "+i", path / handle / "data" / "frozen")
+    driver.delete(handle)
+    assert list(path.iterdir()) == []
 
 
 def test_what_is_not_ours_is_neither_listed_nor_touched(tmp_path: Path) -> None:
