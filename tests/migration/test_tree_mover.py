@@ -389,6 +389,24 @@ def _churn(root: Path, outside: Path, ends: threading.Event) -> None:
             continue
 
 
+def test_a_directory_that_got_the_number_of_a_removed_one_is_another(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    source, target = sides
+    (source / "folder").mkdir()
+    write(source / "folder" / "of the first", b"x")
+    with mover_of(source, target, tmp_path / "work") as mover:
+        mover.watch()
+        mover.round(Control())
+        proven(mover)
+        number = (source / "folder").stat().st_ino
+        sh("rm", "-r", source / "folder")
+        (source / "folder").mkdir()
+        assert (source / "folder").stat().st_ino == number
+        write(source / "folder" / "of the second", b"y")
+        mover.round(Control(), last=True)
+        proven(mover)
+    assert picture(target) == picture(source)
+
+
 def test_a_child_that_lost_its_daemon_ends(sides: tuple[Path, Path], tmp_path: Path) -> None:
     with mover_of(*sides, tmp_path / "work") as mover:
         mover.round(Control())

@@ -62,10 +62,15 @@ class Tree(NamedTuple):
     filled: bool = False
 
 
+def inode_of(found: os.stat_result) -> int:
+    """Its number, as SQLite holds it: a server may make use of the 64th bit."""
+    return found.st_ino - (1 << 64) if found.st_ino >> 63 else found.st_ino
+
+
 def signature_of(found: os.stat_result) -> tuple[int, ...]:
     """As `Entry.signature`, of what is there now."""
     return (
-        found.st_ino,
+        inode_of(found),
         found.st_mode,
         found.st_uid,
         found.st_gid,
@@ -91,7 +96,7 @@ def describe(
     kind = found.st_mode
     return Entry(
         path=path,
-        inode=found.st_ino,
+        inode=inode_of(found),
         mode=kind,
         uid=found.st_uid,
         gid=found.st_gid,
@@ -148,8 +153,9 @@ def read_about(tree: Tree, spot: Spot, mode: int) -> About:
     if opened is not None:
         found = posix.get_flags(opened)
         if found is not None:
-            flags = 0 if "xattrs" in tree.losses else found[0]
-            project = found[1] if found[1] != tree.project and "xattrs" not in tree.losses else None
+            lost = tree.losses & {"xattrs", "flags"}
+            flags = 0 if lost else found[0]
+            project = found[1] if found[1] != tree.project and not lost else None
     attributes = _read_attributes(tree, spot.place)
     if not attributes and not flags and project is None and not link:
         return PLAIN
@@ -169,10 +175,7 @@ def _read_attributes(tree: Tree, place: int | str) -> dict[str, bytes]:
     for name in names:
         if name.startswith(_SKIPPED):
             continue
-        if name in _ACLS:
-            if "acls" in tree.losses:
-                continue
-        elif "xattrs" in tree.losses:
+        if _is_lost(tree, name):
             continue
         try:
             found[name] = os.getxattr(place, name, **options)
@@ -180,6 +183,16 @@ def _read_attributes(tree: Tree, place: int | str) -> dict[str, bytes]:
             if error.errno != errno.ENODATA:  # taken away a moment ago
                 raise
     return found
+
+
+def _is_lost(tree: Tree, attribute: str) -> bool:
+    if attribute in _ACLS:
+        return "acls" in tree.losses
+    return (
+        "xattrs" in tree.losses
+        or (attribute == "security.capability" and "capabilities" in tree.losses)
+        or (attribute.startswith("trusted.") and "trusted-xattrs" in tree.losses)
+    )
 
 
 def apply(tree: Tree, spot: Spot, wanted: os.stat_result, about: About, *, pristine: bool = False) -> None:

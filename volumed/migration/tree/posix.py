@@ -32,6 +32,8 @@ _XFLAG_SYNC, _XFLAG_NOATIME, _XFLAG_NODUMP = 0x20, 0x40, 0x80
 KEPT_XFLAGS = XFLAG_IMMUTABLE | XFLAG_APPEND | _XFLAG_SYNC | _XFLAG_NOATIME | _XFLAG_NODUMP
 _NO_FLAGS = (errno.ENOTTY, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
+_AT_SYMLINK_NOFOLLOW, _STATX_BTIME, _BTIME = 0x100, 0x800, 80  # statx(2), and where it puts the time
+
 _FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 1, 2
 _IOPRIO_WHO_PROCESS, _IOPRIO_BEST_EFFORT, _IOPRIO_IDLE = 1, 2 << 13, 3 << 13
 
@@ -82,6 +84,18 @@ def set_flags(descriptor: int, flags: int, project: int | None) -> None:
     new = _FSXATTR.pack(old & ~KEPT_XFLAGS | flags, extsize, extents, old_project if project is None else project, cow)
     if bytes(buffer) != new:
         fcntl.ioctl(descriptor, _FS_IOC_FSSETXATTR, new)
+
+
+def born(folder: int, name: str) -> int | None:
+    """When the entry was made, in ns since 1970; None where the file system does not know."""
+    buffer = ctypes.create_string_buffer(256)
+    if _libc.statx(folder, os.fsencode(name), _AT_SYMLINK_NOFOLLOW, _STATX_BTIME, buffer):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), name)
+    if not struct.unpack_from("=I", buffer)[0] & _STATX_BTIME:
+        return None
+    seconds, rest = struct.unpack_from("=qI", buffer, _BTIME)
+    return int(seconds * 10**9 + rest)
 
 
 def punch_hole(descriptor: int, offset: int, length: int) -> None:

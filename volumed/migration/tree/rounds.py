@@ -81,6 +81,7 @@ class Rounds:
         self._source, self._target, self._manifest, self._pool = source, target, manifest, pool
         self._tick = tick
         self._committed = time.monotonic()
+        self._begun = self._begun_before = 0  # ns since 1970, of this round and the last
         self._seeding = False
         self._links = False
         self._after_cut = False
@@ -95,6 +96,7 @@ class Rounds:
         looks: a store through a mapping need not show in a time. Raises Failure, Stopped."""
         self._bytes = self._files = self._removed = self._unsettled = 0
         looked = self.looked
+        self._begun, self._begun_before = time.time_ns(), self._begun
         self._seeding = self._manifest.empty()
         self._links = False
         self._manifest.drop_pending()
@@ -322,10 +324,16 @@ class Rounds:
             before = known.get(path)
             if not stat.S_ISDIR(found.st_mode):
                 files.append(name)
-            elif before is not None and before.inode == found.st_ino:
+            elif before is not None and before.inode == entries.inode_of(found) and self._is_old(opened, name):
                 self._manifest.add_folder(path, found.st_ctime_ns)
             else:
                 yield from self._walk_once(path)
+
+    def _is_old(self, folder: int, name: str) -> bool:
+        """Whether the directory was there before the last round began: the number of one that was removed is given to
+        another at once."""
+        born = posix.born(folder, name)
+        return born is not None and born < self._begun_before - entries.GRAIN_NS
 
     def _walk_once(self, top: str) -> Iterator[tuple[str, list[str]]]:
         if not _below(top, self._walked):

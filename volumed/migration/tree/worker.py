@@ -120,7 +120,7 @@ class Worker:
                     if stat.S_ISDIR(found.st_mode) or self._is_lost(found):
                         continue
                     if found.st_nlink > 1 and "hardlinks" not in self._source.losses:
-                        done.linked.append((joined(path, name), found.st_ino))
+                        done.linked.append((joined(path, name), entries.inode_of(found)))
                         continue
                     try:
                         todo.append(Todo(name, known, *_open_source(source, name, found, files), looked))
@@ -198,7 +198,7 @@ class Worker:
         """The file to write, what is known of its data, and whether it is new (None: in the place of another).
         What we wrote for another inode, or of
         which nothing is known, is not written over."""
-        if known is not None and known.inode == found.st_ino and stat.S_ISREG(known.mode):
+        if known is not None and known.inode == entries.inode_of(found) and stat.S_ISREG(known.mode):
             opened = self._open_known(folder, name, known)
             if opened is not None:
                 return opened, known if known.size > content.CHUNK else None, False
@@ -290,7 +290,7 @@ class Worker:
         folder, called, entry = first
         target, name = place
         found = os.stat(name, dir_fd=source, follow_symlinks=False)
-        if found.st_ino != entry.inode:  # another file by now: the next round copies it
+        if entries.inode_of(found) != entry.inode:  # another file by now: the next round copies it
             done.touched.append(path)
             return
         original = os.stat(called, dir_fd=folder, follow_symlinks=False)
