@@ -320,7 +320,13 @@ class BtrfsDriver(
         self._btrfs("subvolume", "create", part)
         with source._sent(handle) as sent:
             crash.point("native.btrfs.sending")
-            self.host.pipe(["btrfs", "send", "--quiet", sent], ["btrfs", "receive", "--quiet", part], tell=tell)
+            try:
+                self.host.pipe(["btrfs", "send", "--quiet", sent], ["btrfs", "receive", "--quiet", part], tell=tell)
+            except CommandFailed as error:
+                if "File name too long" not in error.stderr:  # a path of it, of which the kernel sends 4,095 bytes
+                    raise
+                self._delete(part)
+                raise NotSupported("sends no paths of more than 4,095 bytes", subject=f"volume {handle}") from None
             crash.point("native.btrfs.received")
         self._btrfs("subvolume", "snapshot", part / sent.name, target)
 

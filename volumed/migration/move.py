@@ -140,7 +140,7 @@ class Move:
     def _seed(self) -> None:
         if self.migration.target.handle is None:
             self.step = Step("copying", self.migration.expected, self.control.bytes, time.monotonic())
-            self.migration = self._records.change(self.migration.id, target=self._site.copy_natively(self.control))
+            self.migration = self._records.change(self.migration.id, **self._site.copy_natively(self.control))
         mover = self._open()
         if self.migration.carried_by is MovePath.TREE:
             self._check_losses(mover)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -12,12 +13,14 @@ from volumed.core.core import Core
 from volumed.core.mounts import describe_each
 from volumed.core.presence import Observed
 from volumed.driver import BlockDriver
-from volumed.errors import InUse, NotFound, VolumedError
+from volumed.errors import InUse, NotFound, NotSupported, VolumedError
 from volumed.host.holders import holders_of_mount, is_claimed
 from volumed.migration.movers.mover import Control
 from volumed.migration.places import OtherPlace, at, device_of, source_and_target
-from volumed.model import Binding, Engine, Migration, MovePath, Place, Volume, now
+from volumed.model import Binding, Engine, Migration, MovePath, Volume, now
 from volumed.testing import crash
+
+_log = logging.getLogger(__name__)
 
 
 class Busy(VolumedError):
@@ -120,18 +123,24 @@ class Site:
                 there = backend.call(lambda: device_of(source, backend, presence))
             return Sides(there, self.other().open(target, self.migration.carried_by))
 
-    def copy_natively(self, control: Control) -> Place:
-        """The target, with what the source has now, by the storage itself. It is proven, and brought up to date, as any
-        other copy is. Without the volume's lock: it may take hours."""
+    def copy_natively(self, control: Control) -> dict[str, object]:
+        """What to write down: the target, with what the source has now, by the storage itself. It is proven, and
+        brought up to date, as any other copy is. Without the volume's lock: it may take hours. Of data that the storage
+        finds it cannot bring, an empty target, and that it goes by another path."""
 
         def tell(amount: int) -> None:
             control.admit(amount)
             control.done(bytes=amount)
 
         source, target = source_and_target(self.migration, self.volume())
-        made = self.other().take(target, source, tell)
+        try:
+            made = self.other().take(target, source, tell)
+        except NotSupported as error:
+            _log.warning("move of %s: %s", self.migration.volume_name, error)
+            path = self.migration.carried_by
+            return {"target": self.other().make(target, blank=path is MovePath.BLOCK), "path": path}
         crash.point("native.taken")
-        return made
+        return {"target": made}
 
     def settle_device(self, volume: Volume, device: Path) -> bool:
         """What was mounted meanwhile is written back by unmounting it; its device must be as it was. Whether it was
