@@ -72,7 +72,7 @@ class CephFsDriver(
         {Capability.SIZE, Capability.SNAPSHOT_LIVE, Capability.CLONE_LIVE, Capability.MULTI_NODE}
     )
     remote: ClassVar[bool] = True
-    cannot_hold: ClassVar[frozenset[str]] = frozenset({"sparse"})  # a hole counts against the quota
+    cannot_hold: ClassVar[frozenset[str]] = frozenset({"sparse", "flags"})  # a hole counts against the quota
 
     def __init__(self, backend: str, options: Options, host: Host) -> None:
         super().__init__(backend, options, host)

@@ -56,6 +56,9 @@ class GlusterOptions(RemoteFolderOptions):
 
 class GlusterDriver(RemoteFolders):
     BackendOptions: ClassVar[type[Options]] = GlusterOptions
+    # Gluster names all by its path; its client knows ACLs only if it is to check modes itself, and capabilities only if
+    # it is to ask for them before each write.
+    cannot_hold: ClassVar[frozenset[str]] = frozenset({"longest-paths", "acls", "capabilities", "flags"})
 
     def __init__(self, backend: str, options: Options, host: Host) -> None:
         super().__init__(backend, options, host)

@@ -43,6 +43,8 @@ class NfsOptions(RemoteFolderOptions):
 
 class NfsDriver(RemoteFolders):
     BackendOptions: ClassVar[type[Options]] = NfsOptions
+    # Of attributes NFS knows those of users alone (RFC 8276), and of ACLs only what another kind would become.
+    cannot_hold: ClassVar[frozenset[str]] = frozenset({"trusted-xattrs", "capabilities", "acls", "flags"})
 
     def __init__(self, backend: str, options: Options, host: Host) -> None:
         super().__init__(backend, options, host)

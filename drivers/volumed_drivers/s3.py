@@ -95,8 +95,8 @@ class S3Driver(FilesystemDriver, SupportsExpand):
     remote: ClassVar[bool] = True
     # s3fs could keep xattrs, but then `cp -p` loses modes: it sets them by an ACL, which s3fs keeps and ignores.
     cannot_hold: ClassVar[frozenset[str]] = frozenset(
-        {"hardlinks", "devices", "xattrs", "acls", "sparse", "locks", "atomic-rename"}
-        | {"long-paths", "control-characters"}
+        {"hardlinks", "devices", "xattrs", "trusted-xattrs", "capabilities", "acls", "flags", "sparse", "locks"}
+        | {"atomic-rename", "long-paths", "longest-paths", "control-characters"}
     )
 
     def __init__(self, backend: str, options: Options, host: Host) -> None:

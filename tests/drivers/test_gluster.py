@@ -14,7 +14,8 @@ import pytest
 
 from tests.conftest import wait_until
 from tests.harness.gluster import Gluster, running_gluster
-from tests.harness.tree_drivers import create
+from tests.harness.tree_drivers import create, mounted
+from tests.harness.trees import not_held
 from volumed.driver import Capability
 from volumed.errors import (
     BackendUnavailable,
@@ -89,6 +90,13 @@ class TestGlusterDriver(DriverConformance):
     @pytest.fixture
     def make_driver(self, lab: Lab) -> MakeDriver:
         return lab.make
+
+
+def test_it_holds_what_it_says_and_no_more(lab: Lab, target: Path) -> None:
+    driver = lab.make()
+    driver.probe()
+    with mounted(driver, create(driver), target) as tree:
+        assert not_held(tree) == driver.cannot_hold - {"longest-paths"}
 
 
 class TestGlusterDriverWithQuota(DriverConformance):

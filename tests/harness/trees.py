@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +43,12 @@ def _trials(tree: Path) -> dict[str, Callable[[], bool]]:
     def xattr(name: str, value: bytes) -> bool:
         os.setxattr(plain, name, value)
         return os.getxattr(plain, name) == value
+
+    def immutable() -> bool:
+        (tree / "frozen").touch()
+        held = not subprocess.run(["chattr", "+i", tree / "frozen"], check=False, capture_output=True).returncode
+        subprocess.run(["chattr", "-i", tree / "frozen"], check=False, capture_output=True)
+        return held
 
     def sparse() -> bool:
         with (tree / "hollow").open("wb") as file:
@@ -93,6 +100,9 @@ def _trials(tree: Path) -> dict[str, Callable[[], bool]]:
         "fifos": lambda: node(stat.S_IFIFO),
         "sockets": lambda: node(stat.S_IFSOCK),
         "xattrs": lambda: xattr("user.one", b"1"),
+        "trusted-xattrs": lambda: xattr("trusted.one", b"1"),
+        "capabilities": lambda: xattr("security.capability", struct.pack("<IIIII", 0x02000001, 1 << 10, 0, 0, 0)),
+        "flags": immutable,
         "acls": lambda: xattr("system.posix_acl_access", acl),
         "owners": owner,
         "modes": mode,

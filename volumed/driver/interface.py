@@ -145,9 +145,10 @@ class FilesystemDriver(Driver):
 
     `cannot_hold`: what a tree may have and this storage loses or refuses, whatever its backend's probe finds; whoever
     copies a tree here (migration) refuses or says what is lost. Words: hardlinks, symlinks, devices, fifos, sockets,
-    xattrs, acls, owners, modes, times, sparse (holes take room), locks (they bind one node only), atomic-rename (a
-    folder moves file by file), long-paths (of more than 1,000 bytes), control-characters (in names), open-unlinked
-    (a removed file that is still open).
+    xattrs, trusted-xattrs (those of the machine's administrator), capabilities (of programs), acls, flags (chattr(1)),
+    owners, modes, times, sparse (holes take room), locks (they bind one node only), atomic-rename (a folder moves file
+    by file), long-paths (of more than 1,000 bytes), longest-paths (of more than 4,000), control-characters (in names),
+    open-unlinked (a removed file that is still open).
     """
 
     cannot_hold: ClassVar[frozenset[str]] = frozenset()

@@ -15,8 +15,9 @@ from pathlib import Path
 import msgspec
 
 from volumed.errors import HostError, PreconditionFailed
+from volumed.migration.tree import posix
 
-LONG_PATH = 1000
+LONG_PATH, LONGEST_PATH = 1000, 4000
 _ACL = ("system.posix_acl_access", "system.posix_acl_default")
 _NOT_OURS = ("security.selinux",)  # the policy gives it anew
 _KINDS = {stat.S_IFLNK: "symlinks", stat.S_IFCHR: "devices", stat.S_IFBLK: "devices", stat.S_IFIFO: "fifos"}
@@ -95,8 +96,11 @@ def _uses(folder: int, name: str, where: str, status: os.stat_result) -> Iterato
         yield "owners"
     if kind != stat.S_IFLNK and stat.S_IMODE(status.st_mode) not in (0o644, 0o755):
         yield "modes"
-    if len(os.fsencode(where)) + len(os.fsencode(name)) > LONG_PATH:
+    length = len(os.fsencode(where)) + len(os.fsencode(name))
+    if length > LONG_PATH:
         yield "long-paths"
+    if length > LONGEST_PATH:
+        yield "longest-paths"
     if any(ord(character) < 32 for character in name):
         yield "control-characters"
     if kind in (stat.S_IFREG, stat.S_IFDIR):
@@ -109,17 +113,26 @@ def _attributes(folder: int, name: str) -> Iterator[str]:
     except FileNotFoundError:
         return
     try:
+        found = posix.get_flags(opened)
+        flags = found is not None and found[0]
         names = os.listxattr(opened)
     except OSError as error:
         if error.errno != errno.EOPNOTSUPP:
             raise
-        return
+        names = []
     finally:
         os.close(opened)
-    if any(each in _ACL for each in names):
-        yield "acls"
-    if any(each not in (*_ACL, *_NOT_OURS) for each in names):
-        yield "xattrs"
+    yield from {_word_of(each) for each in names if each not in _NOT_OURS}
+    if flags:
+        yield "flags"
+
+
+def _word_of(attribute: str) -> str:
+    if attribute in _ACL:
+        return "acls"
+    if attribute == "security.capability":
+        return "capabilities"
+    return "trusted-xattrs" if attribute.startswith("trusted.") else "xattrs"
 
 
 def _shown(where: str, name: str) -> str:
