@@ -4,6 +4,7 @@ and whole reads, knowing nothing of chunks, manifests or rounds."""
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import hashlib
 import os
@@ -12,6 +13,7 @@ import socket
 import stat
 import struct
 import subprocess
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,51 @@ from tests.conftest import sh
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def make_everything(root: Path) -> None:
-    """Needs ext4 or XFS: flags and project ids, attributes, ACLs."""
+def make_everything(root: Path, *, without: Set[str] = frozenset()) -> None:
+    """Needs ext4 or XFS, or to be told what else has not: words of `FilesystemDriver.cannot_hold`, and `flags`."""
+    plain(root)
+    parts: dict[str, Callable[[Path], None]] = {
+        "sparse": sparse,
+        "symlinks": symlinks,
+        "fifos": fifos,
+        "devices": devices,
+        "sockets": sockets,
+        "xattrs": attributes,
+        "trusted-xattrs": trusted_attributes,
+        "capabilities": capable,
+        "acls": acls,
+        "hardlinks": hard_links,
+        "flags": flags,
+        "long-paths": lambda root: deep(root / "deep", levels=6),
+        "longest-paths": lambda root: deep(root / "deeper", levels=30),
+        "control-characters": lambda root: write(root / "names" / "new\nline\x01", b"odd"),
+    }
+    for word, make in parts.items():
+        if word not in without:
+            make(root)
+    for number, folder in enumerate((root / "names", root / "linked" / "deep", root)):
+        folder.chmod(0o1777 - number)
+        os.utime(folder, ns=(5, 10**18 + number))
+
+
+def plain(root: Path) -> None:
+    """What every storage holds."""
     write(root / "plain", b"plain")
     write(root / "empty", b"")
     write(root / "owned", b"x" * 5000, mode=0o640, owner=(1234, 4321))
     write(root / "suid", b"x", mode=0o6755, owner=(1, 2))
     write(root / "none", b"x", mode=0)
     write(root / "large", random.Random(1).randbytes(5 << 20) + b"tail")
+    write(root / "zeros", bytes(3 << 20))  # stored, and no hole
+    names = root / "names"
+    names.mkdir()
+    for name in (b"n" * 255, b"\xff\xfe not UTF-8", b" blanks ", b"-rf", b"\\ * ? $HOME", "ü€".encode()):
+        write(Path(os.fsdecode(bytes(names) + b"/" + name)), name)
+    (root / "linked" / "deep" / "er").mkdir(parents=True)
+    write(root / "linked" / "first", b"three names")
+
+
+def sparse(root: Path) -> None:
     with (root / "sparse").open("wb") as file:
         file.truncate(64 << 20)
         for offset in (0, 20 << 20, (40 << 20) + 4096):
@@ -35,50 +74,47 @@ def make_everything(root: Path) -> None:
             file.write(b"data at an offset" * 300)
     (root / "hole").touch()
     os.truncate(root / "hole", 1 << 38)
-    write(root / "zeros", bytes(3 << 20))  # stored, and no hole
-    names = root / "names"
-    names.mkdir()
-    for name in (b"n" * 255, b"new\nline", b"\xff\xfe not UTF-8", b" blanks ", b"-rf", b"\\ * ? $HOME", "ü€".encode()):
-        write(Path(os.fsdecode(bytes(names) + b"/" + name)), name)
+
+
+def symlinks(root: Path) -> None:
     (root / "link").symlink_to("plain")
     (root / "absolute").symlink_to("/etc/passwd")
     (root / "dangling").symlink_to("x" * 1000)
     os.lchown(root / "link", 77, 88)
-    os.utime(root / "link", ns=(1, 999_999_999), follow_symlinks=False)
+    os.utime(root / "link", ns=(1, 1_999_999_999), follow_symlinks=False)
     (root / "link-to-folder").symlink_to("names")
+
+
+def fifos(root: Path) -> None:
     os.mkfifo(root / "fifo", 0o620)
+
+
+def devices(root: Path) -> None:
     os.mknod(root / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
     os.mknod(root / "disk", stat.S_IFBLK | 0o660, os.makedev(7, 200))
+
+
+def sockets(root: Path) -> None:
     server = socket.socket(socket.AF_UNIX)
     opened = os.open(root, os.O_RDONLY)
     server.bind(f"/proc/self/fd/{opened}/socket")
     os.close(opened)
     server.close()
+
+
+def hard_links(root: Path) -> None:
+    """Of what there is otherwise, too."""
     linked = root / "linked"
-    (linked / "deep" / "er").mkdir(parents=True)
-    write(linked / "first", b"three names")
     os.link(linked / "first", linked / "deep" / "second")
     os.link(linked / "first", linked / "deep" / "er" / "third")
-    os.link(root / "fifo", linked / "fifo")
-    os.link(root / "link", linked / "link", follow_symlinks=False)
-    attributes(root)
-    flags(root)
-    deep(root / "deep", levels=30)
-    for number, folder in enumerate((root / "names", linked / "deep", root)):
-        folder.chmod(0o1777 - number)
-        os.utime(folder, ns=(5, 10**18 + number))
+    for name in ("fifo", "link"):
+        if os.path.lexists(root / name):
+            os.link(root / name, linked / name, follow_symlinks=False)
 
 
-def attributes(root: Path) -> None:
-    write(root / "attributes", b"x")
-    os.setxattr(root / "attributes", "user.note", b"\0binary\xff")
-    os.setxattr(root / "attributes", "trusted.note", b"y" * 1000)
-    os.setxattr(root / "null", "trusted.device", b"of a device")
-    os.setxattr(root / "absolute", "trusted.link", b"of a link", follow_symlinks=False)
-    os.setxattr(root / "names", "user.folder", b"of a folder")
-    write(root / "capable", b"x", mode=0o755, owner=(5, 5))
-    os.setxattr(root / "capable", "security.capability", struct.pack("<IIIII", 0x02000001, 1 << 10, 0, 0, 0))
-    sh("setfacl", "-m", "u:1000:rw,g:1001:r", root / "attributes")
+def acls(root: Path) -> None:
+    write(root / "listed", b"x")
+    sh("setfacl", "-m", "u:1000:rw,g:1001:r", root / "listed")
     shared = root / "shared"
     shared.mkdir()
     sh("setfacl", "-d", "-m", "u:1000:rwx", shared)
@@ -86,6 +122,24 @@ def attributes(root: Path) -> None:
     write(shared / "bare", b"x")
     sh("setfacl", "-b", shared / "bare")
     (shared / "below").mkdir()
+
+
+def attributes(root: Path) -> None:
+    write(root / "attributes", b"x")
+    os.setxattr(root / "attributes", "user.note", b"\0binary\xff")
+    os.setxattr(root / "names", "user.folder", b"of a folder")
+
+
+def trusted_attributes(root: Path) -> None:
+    os.setxattr(root / "attributes", "trusted.note", b"y" * 1000)
+    for name in ("null", "absolute"):
+        if os.path.lexists(root / name):
+            os.setxattr(root / name, "trusted.note", b"of no file", follow_symlinks=False)
+
+
+def capable(root: Path) -> None:
+    write(root / "capable", b"x", mode=0o755, owner=(5, 5))
+    os.setxattr(root / "capable", "security.capability", struct.pack("<IIIII", 0x02000001, 1 << 10, 0, 0, 0))
 
 
 def flags(root: Path) -> None:
@@ -151,7 +205,7 @@ def _look(folder: int, name: str, status: os.stat_result) -> tuple[Any, ...]:
     place = f"/proc/self/fd/{folder}/{name}"
     extended = {
         each: os.getxattr(place, each, follow_symlinks=False)
-        for each in os.listxattr(place, follow_symlinks=False)
+        for each in _names_of_xattrs(place)
         if not each.startswith(("trusted.SGI_ACL_", "trusted.volumed."))  # XFS shows an ACL twice; a driver's mark
     }
     data, special = "", (0, 0)
@@ -169,6 +223,15 @@ def _look(folder: int, name: str, status: os.stat_result) -> tuple[Any, ...]:
     size = status.st_size if kind == stat.S_IFREG else 0
     device = status.st_rdev if kind in (stat.S_IFCHR, stat.S_IFBLK) else 0
     return (status.st_mode, status.st_uid, status.st_gid, size, status.st_mtime_ns, device, extended, special, data)
+
+
+def _names_of_xattrs(place: str) -> list[str]:
+    try:
+        return os.listxattr(place, follow_symlinks=False)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:  # there are none there
+            raise
+        return []
 
 
 def _digest(opened: int, size: int) -> str:
