@@ -16,10 +16,10 @@ import msgspec
 
 from volumed.errors import HostError, PreconditionFailed
 from volumed.migration.tree import posix
+from volumed.migration.tree.entries import SKIPPED
 
 LONG_PATH, LONGEST_PATH = 1000, 4000
 _ACL = ("system.posix_acl_access", "system.posix_acl_default")
-_NOT_OURS = ("security.selinux",)  # the policy gives it anew
 _KINDS = {stat.S_IFLNK: "symlinks", stat.S_IFCHR: "devices", stat.S_IFBLK: "devices", stat.S_IFIFO: "fifos"}
 _KINDS[stat.S_IFSOCK] = "sockets"
 
@@ -122,7 +122,7 @@ def _attributes(folder: int, name: str) -> Iterator[str]:
         names = []
     finally:
         os.close(opened)
-    yield from {_word_of(each) for each in names if each not in _NOT_OURS}
+    yield from {_word_of(each) for each in names if not each.startswith(SKIPPED)}
     if flags:
         yield "flags"
 

@@ -23,7 +23,7 @@ _ACLS = frozenset({"system.posix_acl_access", "system.posix_acl_default"})
 _OF_THE_FILESYSTEM = ("ceph.", "glusterfs.", "trusted.glusterfs.", "trusted.afr.", "trusted.gfid", "system.nfs4_acl")
 _OF_THE_FILESYSTEM_TOO = ("system.cifs_acl", "trusted.SGI_ACL_", "btrfs.", "system.sockprotoname")
 _OF_VOLUMED = ("trusted.volumed.",)  # a driver's mark says which volume it is: each side keeps its own
-_SKIPPED = _OF_THE_FILESYSTEM + _OF_THE_FILESYSTEM_TOO + _OF_VOLUMED
+SKIPPED = _OF_THE_FILESYSTEM + _OF_THE_FILESYSTEM_TOO + _OF_VOLUMED
 _NO_ATTRIBUTES = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODATA)
 _BIRTH_FLAGS = posix.XFLAG_IMMUTABLE | posix.XFLAG_APPEND
 
@@ -173,7 +173,7 @@ def _read_attributes(tree: Tree, place: int | str) -> dict[str, bytes]:
         raise
     found = {}
     for name in names:
-        if name.startswith(_SKIPPED):
+        if name.startswith(SKIPPED):
             continue
         if _is_lost(tree, name):
             continue
