@@ -6,12 +6,14 @@ together with what it stands for, and what has no row is copied again.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import apsw
+import msgspec
 from blake3 import blake3
 
 from volumed.migration.tree import content
@@ -187,11 +189,11 @@ class Manifest:
 
     def digest(self) -> str:
         """Of everything that must agree, by path; inodes and change times are a matter of one side."""
-        whole = blake3()
+        whole, encode = blake3(), msgspec.msgpack.Encoder().encode
         query = "SELECT path, mode, uid, gid, size, mtime, rdev, about, digest FROM entry ORDER BY path"
-        for path, *rest in self._connection.execute(query):
-            whole.update(b"%d:%b" % (len(path), path))
-            whole.update(repr(rest).encode())
+        rows = self._connection.execute(query)
+        while some := list(itertools.islice(rows, _AT_ONCE)):  # containers are held still meanwhile
+            whole.update(b"".join(map(encode, some)))
         return whole.hexdigest()
 
 
