@@ -26,6 +26,7 @@ from volumed.migration.tree.content import Gate
 from volumed.migration.tree.entries import Tree
 from volumed.migration.tree.pool import Pool, Shared
 from volumed.migration.tree.rounds import Rounds
+from volumed.migration.tree.tracking import Tracker
 from volumed.migration.tree.worker import Failure, Worker
 from volumed.units import MIB
 
@@ -474,6 +475,23 @@ def test_a_round_cut_short_leaves_no_directory_of_the_target_unlocked(sides: tup
         proven(mover)
     assert "i" in sh("lsattr", "-d", str(target / "frozen")).split()[0]
     assert picture(target) == picture(source)
+
+
+def test_what_we_write_ourselves_is_not_tracked(make_filesystem: MakeFilesystem) -> None:
+    """A copy on the same file system made a list so long that everything was taken as changed."""
+    root = make_filesystem("ext4")
+    for name in ("source", "target", "target too"):
+        (root / name / "below").mkdir(parents=True)
+    tracker = Tracker(str(root / "source"), ours=str(root / "target"))
+    try:
+        assert tracker.take() is None
+        for name in ("source", "target", "target too"):
+            write(root / name / "below" / "file", b"data")
+            write(root / name / "file", b"data")
+        assert tracker.pending() == 4
+        assert sorted(tracker.take() or ()) == ["below/file", "file"]
+    finally:
+        tracker.close()
 
 
 def test_time_without_a_copy_is_no_credit_to_a_throttled_one() -> None:

@@ -34,7 +34,7 @@ class Child:
     def __init__(
         self, source: str, target: str, workdir: str, *, losses: frozenset[str], filled: bool, workers: int
     ) -> None:
-        self._source_path = source
+        self._source_path, self._target_path = source, target
         self._source = _tree(source, losses)
         self._target = _tree(target, losses)._replace(filled=filled)
         self._pool = Pool(self._source, self._target, workers=workers)
@@ -91,7 +91,7 @@ class Child:
             self._tracker.close()
             self._tracker = None
         try:
-            self._tracker = Tracker(self._source_path)
+            self._tracker = Tracker(self._source_path, ours=self._target_path)
         except Untrackable:
             return False
         return True

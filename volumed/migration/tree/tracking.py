@@ -38,6 +38,7 @@ _AT_SYMLINK_FOLLOW = 0x400
 # Those whose every change is made through this kernel.
 LOCAL = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "tmpfs", "bcachefs"})
 LONGEST = 500_000  # names; then a walk over the tree is no dearer
+_KNOWN = 10_000  # directories of which is remembered whose they are
 _BUFFER = 1 << 18
 
 
@@ -49,9 +50,10 @@ class Tracker:
     """Listens from its making on. A thread of its own empties the kernel's queue, which is not bounded: memory of a
     burst is the kernel's for a moment."""
 
-    def __init__(self, root: str) -> None:
-        """Raises Untrackable."""
-        self._root = os.path.realpath(root)
+    def __init__(self, root: str, *, ours: str) -> None:
+        """`ours`: where we write, perhaps on the same file system: of that nothing is noted. Raises Untrackable."""
+        self._root, self._ours = os.path.realpath(root), os.path.realpath(ours)
+        self._is_ours: dict[tuple[int, bytes], bool] = {}
         entry = _mount_of(self._root)
         if entry is None or entry[0] not in LOCAL:
             raise Untrackable
@@ -117,11 +119,29 @@ class Tracker:
             except BlockingIOError:
                 return
             found, lost = parse(data)
+            found = {each for each in found if not self._made_by_us(*each[:2])}
             with self._lock:
                 self._found |= found
                 if lost or len(self._found) > LONGEST:
                     self._found.clear()
                     self._lost = True
+
+    def _made_by_us(self, kind: int, handle: bytes) -> bool:
+        """Copies are as many as what is copied. Nobody moves a directory between there and the root, so it does not
+        matter when this is asked."""
+        key = (kind, handle)
+        known = self._is_ours.get(key)
+        if known is None:
+            try:
+                path = self._path(kind, handle)
+            except OSError:
+                return False
+            if path is None:
+                return False
+            if len(self._is_ours) >= _KNOWN:
+                self._is_ours.clear()
+            known = self._is_ours[key] = path == self._ours or path.startswith(f"{self._ours}/")
+        return known
 
     def _resolve(self, found: set[tuple[int, bytes, bytes]]) -> Iterator[str]:
         folders: dict[tuple[int, bytes], str | None] = {}
@@ -136,6 +156,16 @@ class Tracker:
 
     def _folder(self, kind: int, handle: bytes) -> str | None:
         """Relative to the root; None when it lies elsewhere or is gone (which its own parent's event tells)."""
+        path = self._path(kind, handle)
+        if path == self._root:
+            return ""
+        prefix = "/" if self._root == "/" else f"{self._root}/"
+        if path is None or not path.startswith(prefix) or path.endswith(" (deleted)"):
+            return None
+        return path[len(prefix) :]
+
+    def _path(self, kind: int, handle: bytes) -> str | None:
+        """As the kernel writes it down; None when it is gone."""
         packed = struct.pack("=Ii", len(handle), kind) + handle
         opened = _libc.open_by_handle_at(self._mount, packed, os.O_PATH | os.O_CLOEXEC)
         if opened < 0:
@@ -144,15 +174,9 @@ class Tracker:
                 return None
             raise OSError(number, os.strerror(number))
         try:
-            path = os.readlink(f"/proc/self/fd/{opened}")  # noqa: PTH115 (any bytes)
+            return os.readlink(f"/proc/self/fd/{opened}")  # noqa: PTH115 (any bytes)
         finally:
             os.close(opened)
-        if path == self._root:
-            return ""
-        prefix = "/" if self._root == "/" else f"{self._root}/"
-        if not path.startswith(prefix) or path.endswith(" (deleted)"):
-            return None
-        return path[len(prefix) :]
 
 
 def is_local(root: str) -> bool:
