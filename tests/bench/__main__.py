@@ -20,6 +20,7 @@ from tests.bench.csi import csi
 from tests.bench.devices import devices
 from tests.bench.ebs import ebs
 from tests.bench.measure import milliseconds, percentile, resident, show, spread, times
+from tests.bench.pauses import pauses
 from tests.bench.remote import remote
 from tests.bench.trees import million, trees
 from tests.harness.docker import PLUGINS, running_docker
@@ -292,7 +293,7 @@ def hanging() -> None:
             loop.detach(device)
 
 
-SECTIONS = (mounting, asking, starting, engine, crowd, hanging, csi, devices, ebs, ceph, remote, trees, million)
+SECTIONS = (mounting, asking, starting, engine, crowd, hanging, csi, devices, ebs, ceph, remote, trees, pauses, million)
 
 if __name__ == "__main__":
     wanted = set(sys.argv[1:])
