@@ -362,14 +362,20 @@ def test_a_name_that_dns_does_not_know_is_said(tmp_path: Path) -> None:
 
 @pytest.fixture
 def frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[S3Driver, Callable[[], None]]]:
-    """A driver whose server can be stopped: it takes connections and answers nothing."""
-    monkeypatch.setattr("volumed_drivers.s3_client.READ_TIMEOUT", 1)
-    monkeypatch.setattr("volumed_drivers.s3.MOUNT_TIMEOUT", 2.0)
+    """A driver whose server can be stopped: it takes connections and answers nothing. Until then it has all the time
+    that it takes; afterwards nobody need wait for long."""
     with moto_server() as server:
         driver = driver_of(own(options(tmp_path, server.endpoint)))
         driver.probe()
+
+        def freeze() -> None:
+            server.process.send(signal.SIGSTOP)
+            monkeypatch.setattr("volumed_drivers.s3_client.READ_TIMEOUT", 1)
+            monkeypatch.setattr("volumed_drivers.s3.MOUNT_TIMEOUT", 2.0)
+            driver._s3._made = None  # the client that it had is as patient as ever
+
         try:
-            yield driver, lambda: server.process.send(signal.SIGSTOP)
+            yield driver, freeze
         finally:
             server.process.send(signal.SIGCONT)
 
