@@ -15,7 +15,7 @@ OPTIONS = "rw,insecure,no_subtree_check"
 
 
 class NfsServer:
-    """Version 4 at 127.0.0.1. `exports`: folder below TOP -> its options."""
+    """Versions 3 and 4 at 127.0.0.1. `exports`: folder below TOP -> its options."""
 
     def __init__(self) -> None:
         self.exports = {"": "no_root_squash,fsid=0,crossmnt"}
@@ -24,7 +24,9 @@ class NfsServer:
         sh("modprobe", "nfsd")
         if not Path("/proc/fs/nfsd/threads").exists():
             sh("mount", "-t", "nfsd", "nfsd", "/proc/fs/nfsd")
-        sh("rpc.mountd", "-N", "2", "-N", "3")
+        sh("rpcbind", "-w")  # version 3 asks it where the rest is
+        sh("rpc.statd")
+        sh("rpc.mountd", "-N", "2")
 
     def export(self, name: str, options: str = "no_root_squash") -> Path:
         folder = TOP / name
@@ -40,7 +42,7 @@ class NfsServer:
 
     def start(self) -> None:
         self._write()
-        sh("rpc.nfsd", "-N", "3", "-V", "4.2", "--no-udp", "--lease-time", "10", "--grace-time", "10", "8")
+        sh("rpc.nfsd", "-V", "3", "-V", "4.2", "--no-udp", "--lease-time", "10", "--grace-time", "10", "8")
         with contextlib.suppress(OSError):  # nobody has anything to reclaim
             Path("/proc/fs/nfsd/v4_end_grace").write_text("Y")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import subprocess
 import threading
@@ -72,6 +73,28 @@ class TestNfsDriver(DriverConformance):
     @pytest.fixture
     def make_driver(self, server: NfsServer) -> MakeDriver:
         return make
+
+
+class TestVersion3(DriverConformance):
+    """It knows exports by their paths, has no root of its own, and locks by a protocol of its own."""
+
+    @pytest.fixture
+    def make_driver(self, server: NfsServer) -> MakeDriver:
+        return lambda: make(str(TOP / "plain").removeprefix("/"), nfsvers="3")
+
+
+def test_version_3_locks_among_nodes(server: NfsServer, target: Path) -> None:
+    """By lockd and statd, which a mount starts where they are not there."""
+    driver = make(str(TOP / "plain").removeprefix("/"), nfsvers="3")
+    handle = create(driver)
+    driver.mount(handle, target, options=(), readonly=False)
+    (entry,) = [entry for entry in HOST.mounts() if entry.target == target]
+    assert {"vers=3", "local_lock=none"} <= set(entry.super_options)
+    with (target / "file").open("w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        on_server = (TOP / "plain" / handle / "data" / "file").stat().st_ino
+        assert f":{on_server} " in Path("/proc/locks").read_text()
+    driver.unmount(handle, target)
 
 
 # Sizes
