@@ -262,9 +262,10 @@ class SupportsNativeCopy(ABC):
     @abstractmethod
     def take_from(self, source: Driver, handle: Handle, spec: VolumeSpec, tell: Tell) -> CreatedVolume:
         """`create`, with the data that the volume `handle` of `source` has at one moment during the call, in use or
-        not; it is not written to. Takes as long as it takes, on no worker of the backend. The same id again returns the
-        same volume, finishing what was half made, or beginning anew; what a crash left at the source is taken away by
-        its next `probe`. Raises OutOfRange when `spec.size` is too small, NotSupported, and what `tell` raises."""
+        not; it is not written to. Takes as long as it takes, on no worker of the backend. The same id again returns
+        the same volume, finishing what was half made, or beginning anew; what a crash left at the source is taken away
+        by its next `probe`, or with the volume. Raises OutOfRange when `spec.size` is too small, NotSupported for data
+        that the storage cannot bring, and what `tell` raises."""
 
 
 class SupportsModify(ABC):
