@@ -26,6 +26,7 @@ PATIENCE = 3000.0
 
 @pytest.mark.parametrize("part", ["not killed", "killed"])
 def test_in_the_machine(guest: Machine, part: str) -> None:
+    guest.install()  # the children that read trees find volumed, too
     disk = guest.plug("storage", size=2 * GIB)
     guest.run_suite("test_live.py", "-k", part, timeout=2300, VOLUMED_DISK=disk)
 
