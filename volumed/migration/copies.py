@@ -9,6 +9,7 @@ import contextlib
 import logging
 import shutil
 import threading
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -48,6 +49,7 @@ class Copies:
         self._errors: dict[CopyId, VolumedError] = {}
         self._room = threading.BoundedSemaphore(AT_ONCE)
         self._closing = threading.Event()
+        self._workdirs = core.settings.state_dir / "copies"
 
     # Asking
     def all(self) -> list[Copy]:
@@ -345,6 +347,17 @@ class Copies:
         for owner in owners:
             if owner in copies and owner not in self._running:
                 self._clear_quietly(self._repository.copy(owner))
+        for folder in self._workdirs.glob("*"):
+            self._sweep_workdir(folder)
+
+    def _sweep_workdir(self, folder: Path) -> None:
+        """Looked at in this order: one that begins now is COPYING, one that ends now is READY."""
+        if folder.name in self._running:
+            return
+        copy = self._repository.copy(folder.name)
+        kept = copy is not None and copy.kind is CopyKind.BACKUP and copy.state is CopyState.READY
+        if not kept and (copy is None or copy.state is not CopyState.COPYING):
+            shutil.rmtree(folder, ignore_errors=True)
 
     @staticmethod
     def _stays(volume: Volume, copies: dict[CopyId, Copy]) -> bool:
