@@ -77,6 +77,7 @@ def test_a_database_goes_round_all_storage_under_load(
             assert docker.inspect("pgdata")["Status"]["backend"] == backend
             witness.wait_for_more()
             print(f"its clients waited {witness.pause():.2f} s")
+        print("$ volumectl migration rollback pgdata --carry")
         print(volumed.ctl("migration", "rollback", "pgdata", "--carry").stdout.strip())
         assert docker.inspect("pgdata")["Status"]["backend"] == "tree"
         witness.wait_for_more()

@@ -114,3 +114,33 @@ def test_a_device_whose_process_was_killed_is_named(docker: Docker, plugin: str,
     assert "container web-1" in lost["text"]
     docker.remove_containers()
     assert run(docker, "data", "cat /data/file") == "kept"
+
+
+def test_a_target_that_dies_after_the_commit_point_is_said_and_waited_for(
+    docker: Docker, plugin: str, volumed: Volumed, ceph: Ceph
+) -> None:
+    """Its containers must not go on with what is the old place by now."""
+    create(docker, plugin, "data", "backend=local")
+    start(docker, "web-1", "data")
+    docker("exec", "web-1", "sh", "-c", "echo kept > /data/file")
+    wait_until(lambda: sum(len(binding["consumers"]) for binding in volumed.bindings()) == 1)
+    volumed.stop()
+    volumed.start(env={"VOLUMED_CRASH_AT": "migrate.committed"})
+    wait_until(lambda: sum(len(binding["consumers"]) for binding in volumed.bindings()) == 1)
+    body = {"backend": "ceph", "size": 64 << 20, "keep_source": "0s"}
+    begun = volumed.api.post("volumes", "data", "migrate", body=body)
+    assert volumed.wait_end(timeout=90) == -9, volumed.log()[-3000:]
+    ceph.hang("osd.0")
+    try:
+        volumed.start(wait=False)
+        volumed.wait_ready(timeout=90)
+        event = volumed.wait_for_event("migration.stranded", timeout=120)
+        assert "its containers are held until backend ceph, where it lies now, works" in event["text"]
+        assert docker("inspect", "-f", "{{.State.Status}}", "web-1") in ("paused", "exited")
+    finally:
+        ceph.resume("osd.0")
+    *_, ended = volumed.api.lines("migrations", begun["id"], "follow")
+    assert ended["phase"] in ("kept", "done"), ended["error"]
+    wait_until(lambda: docker("inspect", "-f", "{{.State.Status}}", "web-1") == "running", timeout=60)
+    assert docker("exec", "web-1", "cat", "/data/file") == "kept"
+    wait_until(lambda: volumed.api.get("migrations", begun["id"])["phase"] == "done", timeout=60)

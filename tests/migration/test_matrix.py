@@ -76,11 +76,11 @@ volume = "files"
             yield made
         finally:
             made.clean_up()
-            _end_clients(folder / "v")
+            end_clients(folder / "v")
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _end_clients(folder: Path) -> None:
+def end_clients(folder: Path) -> None:
     host = LinuxHost(folder / "run")
     for entry in host.mounts():
         if entry.target.is_relative_to(folder / "run") or entry.target.is_relative_to(folder / "state"):

@@ -19,6 +19,7 @@ from volumed.migration.tree import posix
 from volumed.migration.tree.entries import SKIPPED
 
 LONG_PATH, LONGEST_PATH = 1000, 4000
+_OF_THE_POLICY = "security.selinux"  # which gives it anew
 _ACL = ("system.posix_acl_access", "system.posix_acl_default")
 _KINDS = {stat.S_IFLNK: "symlinks", stat.S_IFCHR: "devices", stat.S_IFBLK: "devices", stat.S_IFIFO: "fifos"}
 _KINDS[stat.S_IFSOCK] = "sockets"
@@ -122,7 +123,7 @@ def _attributes(folder: int, name: str) -> Iterator[str]:
         names = []
     finally:
         os.close(opened)
-    yield from {_word_of(each) for each in names if not each.startswith(SKIPPED)}
+    yield from {_word_of(each) for each in names if not each.startswith((*SKIPPED, _OF_THE_POLICY))}
     if flags:
         yield "flags"
 

@@ -308,6 +308,11 @@ class Migrations:
         _log.warning("move of %s: %s", migration.volume_name, error, extra={"volume": migration.volume_name})
         if to_the_end or (error.retry_after is not None and attempt <= MOST_ATTEMPTS):
             kept = migration.error if migration.phase is MigrationPhase.ABORTING and migration.error else str(error)
+            if migration.phase.committed and migration.held:
+                there = migration.target.backend
+                kept = f"its containers are held until backend {there}, where it lies now, works: {error}"
+                if migration.error != kept:
+                    self._core.events.publish("migration.stranded", migration.volume_name, kept, level=logging.ERROR)
             self._records.change(migration_id, attempt=attempt, error=kept)
             ends = time.monotonic() + min(LONGEST_PAUSE, 0.5 * 2 ** min(attempt, 10))
             while time.monotonic() < ends and not control.stopped:
