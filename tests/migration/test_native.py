@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import MakeFilesystem, wait_until
+from tests.conftest import MakeFilesystem, sh, wait_until
 from tests.crash.killing import crash_points
 from tests.harness.volumed import ApiError, Volumed
 from tests.migration import trees
@@ -174,13 +174,18 @@ def test_what_the_storage_copied_wrongly_is_found(mover: Mover) -> None:
 
 
 @pytest.mark.parametrize("target", ["tree-b", "tree-c"])
-def test_everything_a_tree_has_comes_along(mover: Mover, target: str) -> None:
+@pytest.mark.parametrize("longest", [False, True])
+def test_everything_a_tree_has_comes_along(mover: Mover, target: str, longest: bool) -> None:
+    """A path beyond PATH_MAX cannot be sent: a tree with one goes by files."""
     mover.create("data", "tree-a", size="300m")
     path = mover.mount("data")
     trees.make_everything(path)
+    if not longest:
+        sh("rm", "-rf", path / "deeper")
     everything = trees.picture(path)
     mover.unmount("data")
-    assert mover.move("data", target, keep_source="0s")["path"] == "native"
+    expected = "tree" if longest and target == "tree-b" else "native"
+    assert mover.move("data", target, keep_source="0s")["path"] == expected
     assert trees.picture(mover.mount("data")) == everything
     mover.unmount("data")
     mover.assert_clean()
@@ -249,7 +254,7 @@ def test_what_was_written_since_is_carried_back(mover: Mover) -> None:
 
 def test_every_point_is_tried() -> None:
     here = {point for points in POINTS.values() for point in points}
-    local = {point for point in crash_points() if point.startswith("native.")}
+    local = {point for point in crash_points() if point.startswith(("native.btrfs.", "native.taken"))}
     assert local <= here
 
 
