@@ -139,6 +139,7 @@ def test_a_target_that_dies_after_the_commit_point_is_said_and_waited_for(
         assert docker("inspect", "-f", "{{.State.Status}}", "web-1") in ("paused", "exited")
     finally:
         ceph.resume("osd.0")
+        ceph.recover()
     *_, ended = volumed.api.lines("migrations", begun["id"], "follow")
     assert ended["phase"] in ("kept", "done"), ended["error"]
     wait_until(lambda: docker("inspect", "-f", "{{.State.Status}}", "web-1") == "running", timeout=60)

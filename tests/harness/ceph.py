@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.harness.processes import Process
 POOL = "rbd"
 FILESYSTEM = "files"
 READY = 60.0
+REPORTS = 10.0  # twice as often as an OSD tells the manager of its placement groups (mgr_stats_period)
 
 _CONF = """
 [global]
@@ -202,6 +204,15 @@ class Ceph:
 
     def resume(self, name: str) -> None:
         self._processes[name].send(signal.SIGCONT)
+
+    def recover(self) -> None:
+        """After the OSD lay still for longer than its leases on its placement groups. As it is the only one it may find
+        no way back by itself: they stay laggy and answer nothing, for 800 s and more (Ceph 16). Marked down it takes
+        part anew; not always, as one that is marked down too often ends itself (osd_max_markdown_count)."""
+        time.sleep(REPORTS)
+        if not self.clean():
+            self.ceph("osd", "down", "0")
+        wait_until(self.clean, timeout=READY)
 
     def kill(self, name: str) -> None:
         """As a crash does. An OSD in memory forgets everything: end that one instead, if its data shall come back."""

@@ -217,7 +217,8 @@ arguments = {json.dumps(list(podman or ()))}
         assert list((self.state / "mounts").iterdir()) == []
         assert self.api.get("volumes")["volumes"] == []
         assert self.bindings() == []
-        assert self.api.get("doctor") == []
+        found = self.api.get("doctor")
+        assert found == [], found
 
     def clean_up(self) -> None:
         if self.running():

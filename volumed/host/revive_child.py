@@ -3,18 +3,20 @@ dead. Runs by itself, in a child of `volumed.host.revive`, and imports nothing o
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import os
 import struct
 import sys
+import time
 
 OPEN_TREE, MOVE_MOUNT, MOUNT_SETATTR = 428, 429, 442  # the same on every architecture
 AT_FDCWD, AT_EMPTY_PATH = -100, 0x1000
 OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
 MOVE_MOUNT_F_EMPTY_PATH = 4
 CLONE_NEWNS = 0x20000
+UMOUNT_NOFOLLOW = 8
+PATIENCE = 40  # times 0.05 s
 # mount_setattr(2): MOUNT_ATTR_*, by the words of mountinfo
 FLAGS = {"ro": 0x1, "nosuid": 0x2, "nodev": 0x4, "noexec": 0x8, "noatime": 0x10, "nodiratime": 0x80}
 DEAD = (errno.ENOTCONN, errno.ESTALE)
@@ -46,10 +48,14 @@ def main(tree: str, pid: str, target: str, *options: str) -> str:
             raise SystemExit(f"cannot be looked at: {error.strerror}") from None
     else:
         return "alive"
-    # One that a process still holds stays below: what it has open is dead, what it opens from now on is not.
-    with contextlib.suppress(OSError):
-        libc.umount2(os.fsencode(target), 8)
     path = os.fsencode(target)
+    # One that a process still holds stays below: what it has open is dead, what it opens from now on is not. But most
+    # hold it for a moment only, to learn that it is dead; and on a directory that its server forgot nothing can be
+    # mounted (ENOENT).
+    for _ in range(PATIENCE):
+        if libc.umount2(path, UMOUNT_NOFOLLOW) == 0:
+            break
+        time.sleep(0.05)
     call("move_mount", libc.syscall(MOVE_MOUNT, new, b"", at, path, ctypes.c_uint(MOVE_MOUNT_F_EMPTY_PATH)))
     return "replaced"
 
