@@ -45,7 +45,12 @@ def test_full(volumed: Volumed, small: Path) -> None:
         answer = volumed.plugin("Create", Name=f"v{number}", Opts={"size": "16m"})
         refused.add(answer.error)
         assert "bug" not in answer.error
-    assert refused == {"backend sized: is full: there is no room for a file system. free some space"}
+    # By the backend itself, or, once it was looked at while it was full, by who would place volumes there.
+    assert all(
+        error == "backend sized: is full: there is no room for a file system. free some space"
+        or error.endswith("No space left on device")
+        for error in refused
+    ), refused
     assert volumed.plugin("Get", Name="before").error == ""
     filler.unlink()
     volumed.kill()

@@ -104,6 +104,7 @@ def test_a_device_whose_process_was_killed_is_named(docker: Docker, plugin: str,
     create(docker, plugin, "data", "backend=ceph", "size=64m")
     run(docker, "data", "echo kept > /data/file; sync")
     start(docker, "web-1", "data")
+    wait_until(lambda: sum(len(binding["consumers"]) for binding in volumed.bindings()) == 1)
     (helper,) = (volumed.folder / "run" / "helpers").glob("rbd-qsd-*")
     wait_until((helper / "process").exists)
     os.kill(json.loads((helper / "process").read_bytes())["pid"], 9)
