@@ -425,3 +425,8 @@ class Copy(Record, frozen=True, kw_only=True, omit_defaults=True):
     digest: str = ""
     ended: datetime | None = None
     error: str = ""
+
+    @property
+    def is_backup(self) -> bool:
+        """One that is there."""
+        return self.kind is CopyKind.BACKUP and self.state is CopyState.READY

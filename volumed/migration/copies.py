@@ -66,7 +66,7 @@ class Copies:
 
     def backup(self, reference: str) -> Copy:
         """One that is there: by its id, the beginning of it, or its volume's name or id: then the latest."""
-        ready = [copy for copy in self.all() if copy.kind is CopyKind.BACKUP and copy.state is CopyState.READY]
+        ready = [copy for copy in self.all() if copy.is_backup]
         for copy in reversed(ready):
             named = reference in (copy.id, copy.volume_name, copy.volume_id)
             if named or (len(reference) >= 8 and copy.id.startswith(reference)):
@@ -107,8 +107,7 @@ class Copies:
         held = [
             copy
             for copy in self.all()
-            if copy.kind is CopyKind.BACKUP
-            and copy.state is CopyState.READY
+            if copy.is_backup
             and (copy.volume_id, copy.target.backend, copy.accepted) == (volume.id, wish.backend, wish.accept)
         ]
         base = held[-1].id if held and not full else None
@@ -254,7 +253,7 @@ class Copies:
             if snapshot.hidden == copy.id:
                 self._core.snapshots.destroy(snapshot)
         crash.point("copy.cleared")
-        if copy.kind is not CopyKind.BACKUP or copy.state is not CopyState.READY:
+        if not copy.is_backup:
             shutil.rmtree(workdir_of(self._core, copy), ignore_errors=True)
         if copy.state is CopyState.REMOVING:
             with self._repository.transaction() as transaction:
@@ -355,8 +354,7 @@ class Copies:
         if folder.name in self._running:
             return
         copy = self._repository.copy(folder.name)
-        kept = copy is not None and copy.kind is CopyKind.BACKUP and copy.state is CopyState.READY
-        if not kept and (copy is None or copy.state is not CopyState.COPYING):
+        if copy is None or not (copy.is_backup or copy.state is CopyState.COPYING):
             shutil.rmtree(folder, ignore_errors=True)
 
     @staticmethod
@@ -367,4 +365,4 @@ class Copies:
 
 def _is_kept(copy: Copy, volume: Volume) -> bool:
     """Whether the hidden volume is a backup that is there."""
-    return copy.kind is CopyKind.BACKUP and copy.state is CopyState.READY and copy.made == volume.id
+    return copy.is_backup and copy.made == volume.id

@@ -22,7 +22,7 @@ from volumed.errors import AlreadyExists, IntegrityError, InUse, NotFound, Volum
 from volumed.migration import losses
 from volumed.migration.losses import check, of_tree, take_census
 from volumed.migration.move import Step
-from volumed.migration.movers import block, tree
+from volumed.migration.movers import block, kept
 from volumed.migration.movers.block import BlockMover
 from volumed.migration.movers.chunks import Chunks
 from volumed.migration.movers.mover import Control, Verified
@@ -103,7 +103,7 @@ class Copying:
             and Capability.CLONE in backend.capabilities
             and held.filesystem == self.copy.target.filesystem
             and (held.size or 0) <= (self.copy.target.size or held.size or 0)
-            and digest_in(workdir_of(self._core, base), base.path) == base.digest
+            and kept.digest(workdir_of(self._core, base), base.path) == base.digest
         )
         return base if usable else None
 
@@ -199,8 +199,9 @@ class Copying:
         held = self._origin()
         if held is None or held.digest == found.digest or held.accepted:
             return
-        known = digest_in(workdir_of(self._core, held), held.path) == held.digest
-        other = differences_in(workdir_of(self._core, held), self.workdir, held.path) if known else []
+        before = workdir_of(self._core, held)
+        known = kept.digest(before, held.path) == held.digest
+        other = kept.differences(before, self.workdir, held.path, beginning=True) if known else []
         if known and not other:  # its device is larger than the volume's was
             return
         raise IntegrityError(
@@ -285,20 +286,6 @@ def workdir_of(core: Core, copy: Copy) -> Path:
 
 def path_of(volume: Volume) -> MovePath:
     return MovePath.BLOCK if volume.mode is VolumeMode.BLOCK else MovePath.TREE
-
-
-def digest_in(workdir: Path, path: MovePath) -> str:
-    """Of what was written down there; empty where that is gone."""
-    if path is MovePath.BLOCK:
-        return block.digest(workdir) if (workdir / "chunks").exists() else ""
-    return tree.digest(workdir) if (workdir / "tree.db").exists() else ""
-
-
-def differences_in(before: Path, after: Path, path: MovePath) -> list[str]:
-    """Of a device, as far as what was there before reached."""
-    if path is MovePath.BLOCK:
-        return block.differences(before, after, beginning=True)
-    return tree.differences(before, after)
 
 
 def told(copy: Copy) -> str:

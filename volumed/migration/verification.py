@@ -26,14 +26,14 @@ from volumed.errors import IntegrityError, InUse, VolumedError
 from volumed.migration.copying import workdir_of
 from volumed.migration.inspection import Inspection
 from volumed.migration.losses import named
-from volumed.migration.movers import block, tree
+from volumed.migration.movers import kept as movers_kept
 from volumed.migration.movers.block import BlockMover
 from volumed.migration.movers.mover import Control
 from volumed.migration.movers.tree import TreeMover
 from volumed.migration.places import OtherPlace, at, device_of
 from volumed.migration.records import Records
 from volumed.migration.undo import moved_at, refuse_second, users_since
-from volumed.model import Copy, CopyKind, CopyState, Migration, MigrationPhase, MovePath, Volume, VolumeMode, now
+from volumed.model import Copy, Migration, MigrationPhase, MovePath, Volume, VolumeMode, now
 
 _PREFIX = "read-"
 
@@ -188,10 +188,7 @@ class Verifications:
         found = [
             copy
             for copy in self._core.repository.copies()
-            if copy.kind is CopyKind.BACKUP
-            and copy.state is CopyState.READY
-            and copy.volume_id == volume.id
-            and not copy.snapshot
+            if copy.is_backup and copy.volume_id == volume.id and not copy.snapshot
         ]
         return found[-1] if found else None
 
@@ -315,11 +312,7 @@ def compare(found: Found, kept: Kept, *, against: str, changed: str = "") -> Com
 
 def _details(found: Found, kept: Kept) -> list[str] | None:
     """File by file, or extent by extent; None where it is not known any more what was there."""
-    by_tree = found.path is MovePath.TREE
-    if not (kept.workdir / ("tree.db" if by_tree else "chunks")).exists():
+    known = movers_kept.digest(kept.workdir, kept.path)
+    if not known or known != kept.digest:
         return None
-    if (tree if by_tree else block).digest(kept.workdir) != kept.digest:
-        return None
-    if by_tree:
-        return tree.differences(kept.workdir, found.workdir, losses=kept.losses)
-    return block.differences(kept.workdir, found.workdir, beginning=kept.beginning)
+    return movers_kept.differences(kept.workdir, found.workdir, kept.path, losses=kept.losses, beginning=kept.beginning)
