@@ -17,10 +17,9 @@ import msgspec
 from volumed.core.core import Core
 from volumed.core.planning import CreateVolume
 from volumed.core.presence import handle_of
-from volumed.driver import Capability, FilesystemDriver
+from volumed.driver import Capability, Driver
 from volumed.errors import AlreadyExists, IntegrityError, InUse, NotFound, VolumedError
 from volumed.migration import losses
-from volumed.migration.losses import check, of_tree, take_census
 from volumed.migration.move import Step
 from volumed.migration.movers import block, kept
 from volumed.migration.movers.block import BlockMover
@@ -139,7 +138,9 @@ class Copying:
             self._present(made) as target,
             contextlib.closing(self._mover(original, target)) as mover,
         ):
-            self._check_losses(original)
+            if self.copy.path is MovePath.TREE:
+                subject = f"volume {self.copy.volume_name}"
+                losses.check_tree(original, self._target_driver, self.copy.accepted, subject=subject)
             if base is not None and self.copy.path is MovePath.BLOCK:
                 mover.watch()  # all of them are looked at
             self._copy(mover)
@@ -166,16 +167,11 @@ class Copying:
             if (self.workdir / "chunks").exists():
                 Chunks.kept(self.workdir / "chunks").close()  # its base is on stable storage
             return BlockMover(source, target, self.workdir)
-        driver = self._core.backends.get(self.copy.target.backend).driver
-        missing = driver.cannot_hold if isinstance(driver, FilesystemDriver) else frozenset()
-        return TreeMover(source, target, self.workdir, losses=losses.named(missing, self.copy.accepted))
+        return TreeMover(source, target, self.workdir, losses=losses.forgone(self._target_driver, self.copy.accepted))
 
-    def _check_losses(self, source: Path) -> None:
-        """As the data is at that point in time."""
-        driver = self._core.backends.get(self.copy.target.backend).driver
-        if self.copy.path is MovePath.TREE and isinstance(driver, FilesystemDriver) and driver.cannot_hold:
-            lost = of_tree(take_census(source).used, driver.cannot_hold)
-            check(lost, self.copy.accepted, subject=f"volume {self.copy.volume_name}")
+    @property
+    def _target_driver(self) -> Driver:
+        return self._core.backends.get(self.copy.target.backend).driver
 
     def _copy(self, mover: AnyMover) -> None:
         expected = mover.estimate(self.control).bytes

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from volumed.driver import Driver, FilesystemDriver
 from volumed.errors import HostError, PreconditionFailed
 from volumed.migration.tree import posix
 from volumed.migration.tree.entries import SKIPPED
@@ -167,3 +168,14 @@ def check(losses: Iterable[Loss], accepted: Iterable[str], *, subject: str) -> N
             subject=subject,
             hint=f"accept it by name: --accept-loss {','.join(loss.kind for loss in refused)}",
         )
+
+
+def forgone(driver: Driver, accepted: Iterable[str]) -> frozenset[str]:
+    """What of a tree is neither copied to this storage nor compared: it cannot hold it, and that was accepted."""
+    return named(driver.cannot_hold, accepted) if isinstance(driver, FilesystemDriver) else frozenset()
+
+
+def check_tree(root: Path, driver: Driver, accepted: Iterable[str], *, subject: str) -> None:
+    """As the data is now: it may be hours since the plan. Raises PreconditionFailed."""
+    if isinstance(driver, FilesystemDriver) and driver.cannot_hold:
+        check(of_tree(take_census(root).used, driver.cannot_hold), accepted, subject=subject)

@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import NamedTuple, Protocol
 
 from volumed.core.core import Core
-from volumed.driver import FilesystemDriver, SupportsCapacity
+from volumed.driver import Driver, SupportsCapacity
 from volumed.errors import (
     CapacityExhausted,
     HostError,
@@ -23,7 +23,7 @@ from volumed.errors import (
     PreconditionFailed,
     VolumedError,
 )
-from volumed.migration.losses import check, named, of_tree, take_census
+from volumed.migration import losses
 from volumed.migration.movers.block import BlockMover
 from volumed.migration.movers.mover import Control, Mover, Round, Writers
 from volumed.migration.movers.tree import TreeMover
@@ -132,10 +132,12 @@ class Move:
         workdir, filled = self._site.other().workdir, self.migration.path is MovePath.NATIVE
         if self.migration.carried_by is MovePath.BLOCK:
             return BlockMover(sides.source, sides.target, workdir, filled=filled)
-        driver = self._core.backends.get(self.migration.target.backend).driver
-        missing = driver.cannot_hold if isinstance(driver, FilesystemDriver) else frozenset()
-        losses = named(missing, self.migration.accepted)
-        return TreeMover(sides.source, sides.target, workdir, losses=losses, filled=filled)
+        lost = losses.forgone(self._target_driver, self.migration.accepted)
+        return TreeMover(sides.source, sides.target, workdir, losses=lost, filled=filled)
+
+    @property
+    def _target_driver(self) -> Driver:
+        return self._core.backends.get(self.migration.target.backend).driver
 
     def _seed(self) -> None:
         if self.migration.target.handle is None:
@@ -143,7 +145,8 @@ class Move:
             self.migration = self._records.change(self.migration.id, **self._site.copy_natively(self.control))
         mover = self._open()
         if self.migration.carried_by is MovePath.TREE:
-            self._check_losses(mover)
+            subject = f"volume {self.migration.volume_name}"
+            losses.check_tree(mover.source, self._target_driver, self.migration.accepted, subject=subject)
             mover.watch()
         estimate = mover.estimate(self.control)
         self.migration = self._records.change(self.migration.id, expected=estimate.bytes)
@@ -159,14 +162,6 @@ class Move:
             self.migration.id, copied=self.migration.copied + done.changed, files=self.migration.files + done.files
         )
         return done
-
-    def _check_losses(self, mover: Mover) -> None:
-        """Once more, as the data is now: it may be hours since the plan."""
-        target = self._core.backends.get(self.migration.target.backend)
-        driver = target.driver
-        if isinstance(driver, FilesystemDriver) and driver.cannot_hold:
-            lost = of_tree(take_census(mover.source).used, driver.cannot_hold)
-            check(lost, self.migration.accepted, subject=f"volume {self.migration.volume_name}")
 
     # Holding still
     def _converge(self) -> None:

@@ -21,11 +21,10 @@ import msgspec
 
 from volumed import context
 from volumed.core.core import Core
-from volumed.driver import FilesystemDriver
 from volumed.errors import IntegrityError, InUse, VolumedError
 from volumed.migration.copying import workdir_of
 from volumed.migration.inspection import Inspection
-from volumed.migration.losses import named
+from volumed.migration.losses import forgone
 from volumed.migration.movers import kept as movers_kept
 from volumed.migration.movers.block import BlockMover
 from volumed.migration.movers.mover import Control
@@ -265,8 +264,7 @@ class Verifications:
         return compare(found, kept, against=against, changed=changed)
 
     def _missing(self, backend: str, accepted: tuple[str, ...]) -> frozenset[str]:
-        driver = self._core.backends.get(backend).driver
-        return named(driver.cannot_hold, accepted) if isinstance(driver, FilesystemDriver) else frozenset()
+        return forgone(self._core.backends.get(backend).driver, accepted)
 
 
 def _verification(name: str, found: Found, begun: float, comparisons: list[Comparison]) -> Verification:
