@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import getpass
-import os
-import time
-from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
 import click
 
 from volumed.cli import verification
-from volumed.cli.client import ApiError
-from volumed.cli.migration import bars, time_shown
+from volumed.cli.following import FAILED, followed, time_shown, who
 from volumed.cli.output import ago, size
 from volumed.cli.session import Session, confirm, pass_session
-
-BEAT = 0.5
-FAILED = 1
 
 
 class _Backups(click.Group):
@@ -67,7 +58,7 @@ def create(
         "full": full,
         "bandwidth": bandwidth,
         "accept_loss": [word for word in accept_loss.split(",") if word],
-        "by": _who(),
+        "by": who(),
     }
     with session.output.waiting(f"looking through {source}"):
         begun = session.client.post("volumes", source, "backup", body=body)
@@ -194,7 +185,7 @@ def restore(
     What is read must have the digest that the backup was proven by, and what is written is read back. With --in-place
     the volume, which nobody may use, has the backup's data from one instant on, or on any failure stays as it was.
     """
-    body: dict[str, Any] = {"name": name, "backend": backend, "in_place": in_place, "by": _who()}
+    body: dict[str, Any] = {"name": name, "backend": backend, "in_place": in_place, "by": who()}
     if size:
         body["size"] = size
     if accept_loss:
@@ -204,10 +195,6 @@ def restore(
         confirm(f"Put {held['volume']} back to {held['created'][:19]}Z and lose what it has now?", yes=yes)
     begun = session.client.post("copies", reference, "restore", body=body)
     return _detached(session, begun) if detach else _follow(session, begun["id"])
-
-
-def _who() -> str:
-    return os.environ.get("SUDO_USER") or getpass.getuser()
 
 
 def _told(session: Session, copy: dict[str, Any]) -> None:
@@ -223,27 +210,12 @@ def _detached(session: Session, begun: dict[str, Any]) -> int:
 
 
 def _follow(session: Session, reference: str) -> int:
-    last: dict[str, Any] = {}
-    with bars(session) as shown:
-        for last in _states(session, reference):
-            shown(last)
+    last = followed(session, "copies", reference, lambda copy: copy["state"] != "copying")
     if session.output.as_json:
         session.output.json(last)
     else:
         session.output.line(_sentence(last))
     return 0 if last["state"] == "ready" else FAILED
-
-
-def _states(session: Session, reference: str) -> Iterator[dict[str, Any]]:
-    """Until it ends; a restart of the daemon in between is waited for."""
-    while True:
-        with contextlib.suppress(ApiError, ValueError):
-            for state in session.client.lines("copies", reference, "follow"):
-                yield state
-                if state["state"] != "copying":
-                    return
-        time.sleep(BEAT)
-        session.client.get("copies", reference)
 
 
 def _sentence(copy: dict[str, Any]) -> str:

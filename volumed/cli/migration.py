@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import getpass
-import os
-import sys
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from volumed.cli.client import ApiError
-from volumed.cli.output import ago, clean, size
+from volumed.cli.following import BEAT, FAILED, followed, time_shown, who
+from volumed.cli.output import ago, size
 from volumed.cli.session import Session, confirm, pass_session
 from volumed.cli.volumes import all_volumes
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    pass
 
 ENDED_WELL = ("kept", "done")
 ENDED = (*ENDED_WELL, "failed", "aborted", "rolled-back")
-BEAT = 0.5
-FAILED = 1
 
 
 @click.command()
@@ -88,7 +82,7 @@ def _body(
         "wait": wait,
         "keep_source": keep_source,
         "accept_loss": [word for word in accept_loss.split(",") if word],
-        "by": os.environ.get("SUDO_USER") or getpass.getuser(),
+        "by": who(),
     }
 
 
@@ -116,72 +110,10 @@ def _show_plan(session: Session, volume: str, plan: dict[str, Any]) -> None:
     )
 
 
-def time_shown(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    if 0 < seconds < 1:
-        return f"{max(1, round(seconds * 1000))} ms"
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
 # Watching
 def _follow(session: Session, reference: str) -> int:
-    last: dict[str, Any] = {}
-    with bars(session) as show:
-        for last in _states(session, reference):
-            show(last)
-    return _report(session, last)
-
-
-def _states(session: Session, reference: str) -> Iterator[dict[str, Any]]:
-    """Until it ends; a restart of the daemon in between is waited for."""
-    while True:
-        with contextlib.suppress(ApiError, ValueError):
-            for state in session.client.lines("migrations", reference, "follow"):
-                yield state
-                if state["phase"] in ENDED or state["paused"]:
-                    return
-        time.sleep(BEAT)
-        session.client.get("migrations", reference)
-
-
-@contextlib.contextmanager
-def bars(session: Session) -> Iterator[Any]:
-    """A bar for each step on a terminal; nothing elsewhere."""
-    if not sys.stderr.isatty() or session.output.as_json:
-        yield lambda state: None
-        return
-    shown = _progress()
-    tasks: dict[str, Any] = {}
-
-    def show(state: dict[str, Any]) -> None:
-        running = state["progress"]
-        if running is None:
-            return
-        name = running["step"]
-        if name not in tasks:
-            for task in tasks.values():
-                shown.update(task, completed=shown.tasks[task].total)
-            tasks[name] = shown.add_task(clean(name), total=running["total"] or None)
-        shown.update(tasks[name], completed=running["done"], total=running["total"] or None)
-
-    with shown:
-        yield show
-
-
-def _progress() -> Progress:
-    from rich import console, progress  # noqa: PLC0415 (a tenth of a second, for a terminal alone)
-
-    return progress.Progress(
-        progress.TextColumn("{task.description:<12}"),
-        progress.BarColumn(),
-        progress.DownloadColumn(binary_units=True),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-        console=console.Console(stderr=True),
+    return _report(
+        session, followed(session, "migrations", reference, lambda move: move["phase"] in ENDED or move["paused"])
     )
 
 

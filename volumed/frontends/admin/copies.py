@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
 from datetime import datetime
 
 import msgspec
@@ -13,6 +11,7 @@ from pydantic import Field
 
 from volumed import context
 from volumed.errors import InvalidRequest
+from volumed.frontends.admin.following import ProgressView, followed
 from volumed.frontends.admin.schemas import Body, Size, View, VolumeView
 from volumed.frontends.admin.verification import VerifyingView, streamed
 from volumed.migration.copies import Copies
@@ -20,8 +19,6 @@ from volumed.migration.migrations import Migrations
 from volumed.migration.planner import Wish
 from volumed.model import Copy, CopyKind, CopyState, MovePath
 
-# How often a follower is told.
-BEAT = 0.5
 PATIENCE = 590.0  # a little less than a request's
 
 
@@ -61,14 +58,6 @@ class RestoreBody(_WishBody):
     in_place: bool = Field(default=False, description="Instead of what its volume has now, which is lost")
 
 
-class CopyProgressView(View):
-    step: str
-    done: int
-    total: int
-    rate: float = Field(description="Bytes a second")
-    left: float | None = Field(description="Seconds")
-
-
 class CopyView(View):
     id: str
     kind: CopyKind
@@ -94,7 +83,7 @@ class CopyView(View):
     files: int
     digest: str = Field(description="blake3 of all of the data, when it was verified")
     error: str
-    progress: CopyProgressView | None = Field(description="null when it does not run now")
+    progress: ProgressView | None = Field(description="null when it does not run now")
 
 
 def copy_routers(migrations: Migrations) -> list[APIRouter]:
@@ -108,7 +97,7 @@ def _view(copies: Copies, copy: Copy) -> CopyView:
         **{key: value for key, value in fields.items() if key in CopyView.model_fields},
         volume=copy.volume_name,
         backend=copy.target.backend,
-        progress=CopyProgressView.model_validate(progress) if progress else None,
+        progress=ProgressView.model_validate(progress) if progress else None,
     )
 
 
@@ -150,7 +139,12 @@ def _copies(migrations: Migrations) -> APIRouter:
     def follow(reference: str) -> StreamingResponse:
         """As `show`, one JSON object a line, until it ends."""
         copy = copies.find(reference)
-        return StreamingResponse(_followed(copies, copy), media_type="application/x-ndjson")
+
+        def look() -> tuple[CopyView, bool]:
+            current = copies.get(copy.id)
+            return _view(copies, current), current.state is not CopyState.COPYING
+
+        return followed(look)
 
     @router.get("/{reference}/verify", response_class=StreamingResponse, responses={200: {"model": VerifyingView}})
     def verify(reference: str) -> StreamingResponse:
@@ -178,12 +172,3 @@ def _copies(migrations: Migrations) -> APIRouter:
         return _view(copies, copies.remove(reference))
 
     return router
-
-
-def _followed(copies: Copies, copy: Copy) -> Iterator[bytes]:
-    while True:
-        current = copies.get(copy.id)
-        yield _view(copies, current).model_dump_json().encode() + b"\n"
-        if current.state is not CopyState.COPYING:
-            return
-        time.sleep(BEAT)

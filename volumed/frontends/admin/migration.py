@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
 from datetime import datetime
 from typing import Annotated
 
@@ -14,15 +12,13 @@ from pydantic import BeforeValidator, Field
 
 from volumed.errors import InvalidRequest
 from volumed.frontends.admin.copies import copy_routers
+from volumed.frontends.admin.following import ProgressView, followed
 from volumed.frontends.admin.schemas import Body, Size, View
 from volumed.frontends.admin.verification import verification_router
 from volumed.migration.migrations import Migrations
 from volumed.migration.planner import Wish
 from volumed.model import Migration, MigrationPhase, MovePath
 from volumed.units import parse_duration
-
-# How often a follower is told.
-BEAT = 0.5
 
 
 def _seconds(value: object) -> object:
@@ -92,14 +88,6 @@ class PlanView(View):
     pause: float = Field(description="For which its users wait, predicted; 0: nobody does")
     touched: list[str] = Field(description="Who uses it now")
     losses: list[LossView]
-
-
-class ProgressView(View):
-    step: str
-    done: int
-    total: int
-    rate: float = Field(description="Bytes a second")
-    left: float | None = Field(description="Seconds")
 
 
 class PhaseView(View):
@@ -188,7 +176,13 @@ def _moves(migrations: Migrations) -> APIRouter:
     def follow(reference: str) -> StreamingResponse:
         """As `show`, one JSON object a line, until it ends, is kept or is paused."""
         migration = migrations.get(reference)
-        return StreamingResponse(_followed(migrations, migration.id), media_type="application/x-ndjson")
+
+        def look() -> tuple[MigrationView, bool]:
+            current = migrations.get(migration.id)
+            rests = current.phase.ended or current.phase is MigrationPhase.KEPT or current.paused
+            return _view(migrations, current), rests
+
+        return followed(look)
 
     @router.post("/{reference}/pause")
     def pause(reference: str) -> MigrationView:
@@ -218,12 +212,3 @@ def _moves(migrations: Migrations) -> APIRouter:
         return _view(migrations, migrations.finish(reference))
 
     return router
-
-
-def _followed(migrations: Migrations, migration_id: str) -> Iterator[bytes]:
-    while True:
-        migration = migrations.get(migration_id)
-        yield _view(migrations, migration).model_dump_json().encode() + b"\n"
-        if migration.phase.ended or migration.phase is MigrationPhase.KEPT or migration.paused:
-            return
-        time.sleep(BEAT)

@@ -12,14 +12,12 @@ from pydantic import Field
 
 from volumed import context
 from volumed.errors import VolumedError
+from volumed.frontends.admin.following import BEAT, NDJSON
 from volumed.frontends.admin.schemas import ErrorView, View
 from volumed.migration.migrations import Migrations
 from volumed.migration.movers.mover import Control
 from volumed.migration.verification import Outcome, Verification
 from volumed.model import MovePath
-
-# How often a follower is told.
-BEAT = 0.5
 
 
 class ComparisonView(View):
@@ -70,7 +68,7 @@ def verification_router(migrations: Migrations) -> APIRouter:
 
 
 def streamed(job: Verify) -> StreamingResponse:
-    return StreamingResponse(_lines(job), media_type="application/x-ndjson")
+    return StreamingResponse(_lines(job), media_type=NDJSON)
 
 
 def _lines(job: Verify) -> Iterator[bytes]:
