@@ -24,6 +24,7 @@ import grpc
 import pytest
 
 from tests.harness.csi import calling, capability
+from tests.harness.processes import command_lines
 from tests.harness.volumed import Volumed
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
@@ -188,9 +189,7 @@ class _WatchArguments:
     def _watch(self) -> None:
         known: set[bytes] = set()
         while not self._stop.wait(0.01):
-            for path in Path("/proc").glob("[0-9]*/cmdline"):
-                with contextlib.suppress(OSError):
-                    known.add(path.read_bytes())
+            known.update(command_lines().values())
         self._seen.add("arguments of processes", b" ".join(known).decode("utf-8", "backslashreplace"))
 
 

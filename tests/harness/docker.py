@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.harness.processes import Process
+from tests.harness.processes import Process, command_lines
 
 PLUGINS = Path("/run/docker/plugins")
 
@@ -112,7 +112,7 @@ address = "{self.folder}/containerd.sock"
     def _end_what_is_left(self) -> None:
         """containerd and shims of a dockerd that was killed: those whose command line names our folder."""
         for _ in range(50):
-            mine = [pid for pid in _pids() if str(self.folder) in _command(pid)]
+            mine = [pid for pid, line in command_lines().items() if str(self.folder).encode() in line]
             if not mine:
                 break
             for pid in mine:
@@ -123,17 +123,6 @@ address = "{self.folder}/containerd.sock"
             target = line.split(" ")[4]
             if target.startswith(f"{self.folder}/"):
                 subprocess.run(["umount", "-l", target], check=False, capture_output=True)
-
-
-def _pids() -> list[int]:
-    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
-
-
-def _command(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:
-        return ""
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.conftest import wait_until
-from tests.harness.processes import Process
+from tests.harness.processes import Process, command_lines
 
 _CONF = """
 volume management
@@ -126,12 +126,7 @@ class Gluster:
         self._server.end(signal.SIGKILL)
 
     def _pids(self, mark: str) -> list[int]:
-        found = []
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                if mark in path.read_bytes().replace(b"\0", b" ").decode(errors="replace"):
-                    found.append(int(path.parent.name))
-        return found
+        return [pid for pid, line in command_lines().items() if mark.encode() in line]
 
     def end(self) -> None:
         if self._server is not None and self._server.running():
