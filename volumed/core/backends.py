@@ -7,6 +7,7 @@ pool and then refuses at once, and nobody else notices.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import logging
 import threading
@@ -104,11 +105,24 @@ class Pending(Generic[T]):
 
     async def outcome(self) -> T:
         """As `wait`, in an event loop."""
-        waited = asyncio.wrap_future(self._future)
-        # An error that comes after we stopped waiting is told by what the job leaves, not by asyncio in the log.
-        waited.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-        done, _ = await asyncio.wait([waited], timeout=context.remaining(WORK_TIMEOUT))
-        return self._future.result() if done else self._overdue()
+        loop = asyncio.get_running_loop()
+        waiter = loop.create_future()
+
+        def wake() -> None:
+            if not waiter.done():
+                waiter.set_result(None)
+
+        def wake_from_worker(_: Future[T]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(wake)
+
+        self._future.add_done_callback(wake_from_worker)
+        overdue = loop.call_later(context.remaining(WORK_TIMEOUT), wake)
+        try:
+            await waiter
+        finally:
+            overdue.cancel()
+        return self._future.result() if self._future.done() else self._overdue()
 
     def _overdue(self) -> T:
         if self._future.done():  # the job itself raised a TimeoutError, or ended in this very moment

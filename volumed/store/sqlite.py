@@ -21,6 +21,7 @@ import apsw
 
 from volumed.errors import CapacityExhausted, ConfigError, IntegrityError, NotFound
 from volumed.store.changes import ChangeLog
+from volumed.store.recent import Recent
 from volumed.store.schema import connect, open_ledger
 from volumed.store.store import Change, Conflict, Entry, Store, Watch
 
@@ -48,6 +49,7 @@ class SqliteStore(Store):
         self._revision = int(self._writer.execute("SELECT revision FROM counter").get)
         self._changes = ChangeLog(revision=self._revision)
         self._pending: list[Change] = []
+        self._recent = Recent()
         self._readers: queue.SimpleQueue[apsw.Connection] = queue.SimpleQueue()
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._writing = threading.Lock()
@@ -58,6 +60,9 @@ class SqliteStore(Store):
 
     # Reading
     def get(self, key: str) -> Entry | None:
+        return self._recent.get(key, self._read)
+
+    def _read(self, key: str) -> Entry | None:
         with self._reader() as reader:
             row = reader.execute("SELECT key, value, revision FROM entries WHERE key = ?", (key,)).fetchone()
         return Entry(*row) if row else None
@@ -172,7 +177,8 @@ class SqliteStore(Store):
                     answers.append((future, job(), None))
                 except (Conflict, NotFound) as refusal:
                     answers.append((future, None, refusal))
-            self._writer.execute("COMMIT")
+            with self._recent.replacing(self._pending):
+                self._writer.execute("COMMIT")
         except BaseException as error:
             self._revision = before
             self._pending.clear()
