@@ -284,9 +284,12 @@ class BtrfsDriver(
 
     # Moves
     def way_from(self, source: Driver) -> str:
+        return "a snapshot" if self._is_beside(self._btrfs_of(source)) else "btrfs send and receive"
+
+    def _btrfs_of(self, source: Driver) -> BtrfsDriver:
         if not isinstance(source, BtrfsDriver):
             raise NotSupported("only a btrfs sends to a btrfs", subject=f"backend {self.backend}")
-        return "a snapshot" if self._is_beside(source) else "btrfs send and receive"
+        return source
 
     def _is_beside(self, source: BtrfsDriver) -> bool:
         """Whether it is one file system, however it is mounted."""
@@ -297,8 +300,7 @@ class BtrfsDriver(
         return devices[0] == devices[1]
 
     def take_from(self, source: Driver, handle: Handle, spec: VolumeSpec, tell: Tell) -> CreatedVolume:
-        self.way_from(source)
-        assert isinstance(source, BtrfsDriver)
+        source = self._btrfs_of(source)
         self._check_size(spec)
         target = self._path / spec.id
         if not target.exists():

@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import MakeFilesystem
 from tests.harness.volumed import Volumed
+from volumed.units import MIB
 
 
 class Mover:
@@ -21,6 +22,15 @@ class Mover:
     def create(self, name: str, backend: str, **fields: Any) -> dict[str, Any]:
         made: dict[str, Any] = self.volumed.api.post("volumes", body={"name": name, "backend": backend, **fields})
         return made
+
+    def create_raw(self, name: str) -> bytes:
+        """A raw device of 32 MiB on `sized`, with something in it; its content."""
+        made = self.create(name, "sized", size="32m", mode="block")
+        image = self.volumed.folder / "images" / f"{made['id']}.img"
+        with image.open("r+b") as opened:
+            opened.seek(5 * MIB + 4096)
+            opened.write(b"raw" * 5000)
+        return image.read_bytes()
 
     def mount(self, name: str, mount_id: str = "id-1") -> Path:
         answer = self.volumed.plugin("Mount", Name=name, ID=mount_id)

@@ -7,9 +7,9 @@ import pytest
 from tests.conftest import wait_until
 from tests.harness.volumed import ApiError
 from tests.migration.conftest import Mover
+from volumed.units import MIB
 
 pytestmark = pytest.mark.root
-MIB = 1 << 20
 
 
 def test_a_device_goes_elsewhere_and_is_the_same_volume(mover: Mover) -> None:
@@ -37,12 +37,7 @@ def test_a_device_goes_elsewhere_and_is_the_same_volume(mover: Mover) -> None:
 
 
 def test_a_raw_device_goes_block_by_block(mover: Mover) -> None:
-    made = mover.create("raw", "sized", size="32m", mode="block")
-    image = mover.volumed.folder / "images" / f"{made['id']}.img"
-    with image.open("r+b") as opened:
-        opened.seek(5 * MIB + 4096)
-        opened.write(b"raw" * 5000)
-    content = image.read_bytes()
+    content = mover.create_raw("raw")
     moved = mover.move("raw", "images", keep_source="0s")
     assert (moved["phase"] in ("kept", "done"), moved["path"]) == (True, "block"), moved
     (there,) = (mover.volumed.folder / "images-2").glob("v*.img")

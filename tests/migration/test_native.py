@@ -137,12 +137,7 @@ def test_told_so_it_goes_while_it_is_in_use(mover: Mover) -> None:
 
 
 def test_a_raw_device_grows_on_its_way(mover: Mover) -> None:
-    made = mover.create("data", "sized", size="32m", mode="block")
-    image = mover.volumed.folder / "images" / f"{made['id']}.img"
-    with image.open("r+b") as opened:
-        opened.seek(5 * MIB + 4096)
-        opened.write(b"raw" * 5000)
-    content = image.read_bytes()
+    content = mover.create_raw("data")
     moved = mover.move("data", "images", size="48m", keep_source="0s")
     assert (moved["path"], moved["copied"]) == ("native", 0), moved
     (there,) = (mover.volumed.folder / "images-2").glob("v*.img")

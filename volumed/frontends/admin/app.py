@@ -114,15 +114,7 @@ def _answer(status: int, error: ErrorView) -> JSONResponse:
 async def _expected(_: Request, error: Exception) -> Response:
     assert isinstance(error, VolumedError)
     _log.info("refused: %s", error)
-    body = ErrorView(
-        code=error.code,
-        message=error.text,
-        subject=error.subject,
-        hint=error.hint,
-        retry_after=error.retry_after,
-        request_id=context.request_id.get(),
-    )
-    return _answer(status_of(error).http, body)
+    return _answer(status_of(error).http, ErrorView.of(error, request_id=context.request_id.get()))
 
 
 async def _invalid(_: Request, error: Exception) -> Response:

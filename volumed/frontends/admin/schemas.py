@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from volumed.core.imports import Outcome
 from volumed.core.planning import CreateVolume
-from volumed.errors import InvalidRequest
+from volumed.errors import InvalidRequest, VolumedError
 from volumed.model import AccessMode, Engine, Ownership, SnapshotState, VolumeMode, VolumeState
 from volumed.units import MAX_SIZE, parse_size
 
@@ -313,3 +313,14 @@ class ErrorView(View):
     hint: str = ""
     retry_after: float | None = Field(default=None, description="Seconds; null when a retry cannot help")
     request_id: str
+
+    @classmethod
+    def of(cls, error: VolumedError, *, request_id: str) -> ErrorView:
+        return cls(
+            code=error.code,
+            message=error.text,
+            subject=error.subject,
+            hint=error.hint,
+            retry_after=error.retry_after,
+            request_id=request_id,
+        )

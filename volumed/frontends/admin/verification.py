@@ -81,7 +81,7 @@ def _lines(job: Verify) -> Iterator[bytes]:
                 found = job(control, steps.append)
                 ended.put(VerifyingView(verification=VerificationView.model_validate(found)))
         except VolumedError as error:
-            ended.put(VerifyingView(error=_told(error, identifier)))
+            ended.put(VerifyingView(error=ErrorView.of(error, request_id=identifier)))
         except BaseException:
             ended.put(VerifyingView(error=ErrorView(code="internal", message="a bug", request_id=identifier)))
             raise
@@ -99,14 +99,3 @@ def _lines(job: Verify) -> Iterator[bytes]:
             return
     finally:
         control.stop()
-
-
-def _told(error: VolumedError, identifier: str) -> ErrorView:
-    return ErrorView(
-        code=error.code,
-        message=error.text,
-        subject=error.subject,
-        hint=error.hint,
-        retry_after=error.retry_after,
-        request_id=identifier,
-    )
