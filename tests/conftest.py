@@ -41,6 +41,17 @@ def wait_until(condition: Callable[[], object], *, timeout: float = 30.0) -> Non
         time.sleep(0.02)
 
 
+def fill_disk(folder: Path) -> Path:
+    """To the last block; the file that has to go to make room."""
+    filler = folder / "filler"
+    with filler.open("wb", buffering=0) as file:
+        for size in (1 << 20, 512):
+            with pytest.raises(OSError, match="No space"):
+                while True:
+                    file.write(bytes(size))
+    return filler
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run by nobody but root, a test that needs root would prove nothing: it fails instead of being left out."""
     for item in items:

@@ -115,7 +115,8 @@ class ImageDriver(
 
     def probe(self) -> Probe:
         make_folder(self._path, mode=0o700, backend=self.backend)
-        self._reflink = self._can_reflink(self._path)
+        with contextlib.suppress(CapacityExhausted):  # what a full disk could do before it could do now
+            self._reflink = self._can_reflink(self._path)
         reason = f"{self._path} cannot share data between files (XFS and btrfs can)"
         live = (Capability.SNAPSHOT_LIVE, Capability.CLONE_LIVE, Capability.NATIVE_COPY)
         return Probe(
@@ -124,15 +125,18 @@ class ImageDriver(
         )
 
     def _can_reflink(self, origin: Path) -> bool:
-        """From that folder into ours. Tried, not guessed from the file system's name. Names of this very look: two may
-        be made at once."""
+        """From that folder into ours. Tried, not guessed from the file system's name; with files that hold nothing, as
+        the disk may be full. Names of this very look: two may be made at once. Raises CapacityExhausted where not even
+        such files can be made."""
         source, target = origin / f".probe-{uuid4().hex}", self._path / f".probe-{uuid4().hex}"
         try:
-            source.write_bytes(b"x" * ALIGNMENT)
+            source.touch()
             self.host.reflink(source, target)
         except NotSupported:
             return False
         except OSError as error:
+            if error.errno in _FULL:
+                raise self._full() from None
             raise BackendUnavailable(
                 f"{self._path} cannot be written: {error.strerror}", subject=f"backend {self.backend}"
             ) from None
@@ -141,11 +145,16 @@ class ImageDriver(
             target.unlink(missing_ok=True)
         return True
 
+    def _full(self) -> CapacityExhausted:
+        return CapacityExhausted(f"{self._path} is full", subject=f"backend {self.backend}", hint="free some space")
+
     # Volumes
     def create(self, spec: VolumeSpec) -> CreatedVolume:
         size = self._aligned(spec.size)
         image = self._image(Handle(spec.id))
         if not image.exists():
+            if self.capacity().available < ALIGNMENT:  # the file takes no space, but nothing could be written to it
+                raise self._full()
             new = _new(image)
             with self._explained(size), new.open("wb") as made:
                 os.fchmod(made.fileno(), 0o600)

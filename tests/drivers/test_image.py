@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import MakeFilesystem, wait_until
+from tests.conftest import MakeFilesystem, fill_disk, sh, wait_until
 from volumed.driver import Capability, Driver, VolumeSpec
 from volumed.errors import CapacityExhausted, OutOfRange
 from volumed.host.linux import LinuxHost
@@ -76,6 +76,39 @@ def test_a_preallocated_volume_that_does_not_fit_is_refused(make_filesystem: Mak
     for found in driver.list():
         driver.delete(found.handle)
     assert list(driver.list()) == []
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
+def test_a_full_disk_is_no_reason_to_call_the_backend_dead(make_filesystem: MakeFilesystem, kind: str) -> None:
+    """It can do what it could, serves what it has, and says of a new volume that there is no room."""
+    path = make_filesystem(kind, size=320 * MIB)
+    driver = make(path / "images")
+    lacking, handle = driver.probe().lacking, driver.create(spec(16 * MIB)).handle
+    filler = fill_disk(path)
+    assert driver.probe().lacking == lacking
+    ImageDriver("files", ImageOptions(path=path / "images"), LinuxHost()).probe()  # a daemon that starts just then
+    driver.map(handle)
+    driver.unmap(handle)
+    with pytest.raises(CapacityExhausted, match=r"backend files: (.* is full|there is no room for .*)\. free some"):
+        driver.create(spec(16 * MIB))
+    filler.unlink()
+    assert [found.handle for found in driver.list()] == [handle]  # nothing half made
+    sh("sync", "--file-system", path)  # btrfs gives space back with a commit
+    wait_until(lambda: driver.capacity().available > MIB, timeout=90)
+    driver.create(spec(16 * MIB))
+
+
+def test_a_disk_without_room_for_one_more_file(make_filesystem: MakeFilesystem) -> None:
+    path = make_filesystem("ext4", size=16 * MIB)
+    driver = make(path)
+    with pytest.raises(OSError, match="No space"):
+        for number in range(10**6):
+            (path / str(number)).touch()
+    driver.probe()
+    with pytest.raises(CapacityExhausted, match="backend files: there is no room for"):
+        driver.create(spec(4 * MIB))
+    with pytest.raises(CapacityExhausted, match=f"backend files: {path} is full"):
+        driver.way_from(driver)
 
 
 @pytest.mark.parametrize("size", [1, 4095, 2**63 - 1, 17 * 2**40])
