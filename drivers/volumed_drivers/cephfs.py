@@ -9,6 +9,7 @@ GROUP/<any name>                         a subvolume that was imported: it canno
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -35,6 +36,7 @@ from volumed.driver import (
 )
 from volumed.errors import (
     AlreadyExists,
+    BackendError,
     BackendUnavailable,
     CommandFailed,
     ConfigError,
@@ -44,7 +46,7 @@ from volumed.errors import (
 from volumed.model import Handle, SnapshotId, VolumeId
 from volumed.testing import crash
 from volumed_drivers.ceph import CephOptions, Cluster
-from volumed_drivers.cephfs_volumes import Note, State, Subvolume, Subvolumes
+from volumed_drivers.cephfs_volumes import CLONE_TIMEOUT, Note, State, Subvolume, Subvolumes
 from volumed_drivers.fuse import FuseClient, check_options, client_name, write_private
 
 _VOLUME_ID = re.compile(r"v[0-9a-f]{32}")
@@ -52,6 +54,7 @@ _SNAPSHOT_ID = re.compile(r"s[0-9a-f]{32}")
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 _SUBVOLUME = re.compile(_NAME)
 MOUNT_TIMEOUT, FINISH_TIMEOUT = 60.0, 30.0
+_EXACT = (sys.executable, "-I", "-S", Path(__file__).with_name("cephfs_exact.py"))
 
 
 class CephFsOptions(CephOptions):
@@ -245,6 +248,8 @@ class CephFsDriver(
             self._volumes.clone(name, snapshot_name, name)
             crash.point("cephfs.restore.begun")
         self._volumes.wait_for_clone(name)
+        crash.point("cephfs.restore.filled")
+        self._make_exact(name, snapshot_name, name)
         note_kept = self._volumes.read_snapshot_note(name, snapshot_name)
         self._finish(name, note_kept or Note())
         crash.point("cephfs.restore.finished")
@@ -274,7 +279,29 @@ class CephFsDriver(
         if found is None or found.state is not State.COMPLETE:
             self._volumes.wait_for_clone(spec.id)
             crash.point("cephfs.copy.filled")
-        return self._finish(spec.id, Note(spec.size, spec.mark))
+        note = Note(spec.size, spec.mark)
+        if self._volumes.read_note(spec.id) != note:
+            self._make_exact(source, snapshot, spec.id)
+        return self._finish(spec.id, note)
+
+    def _make_exact(self, source: str, snapshot: str, name: str) -> None:
+        """The manager copies no ACL or other attribute, no device, socket or FIFO, hard links as files of their own,
+        and times without their nanoseconds (measured)."""
+        found, handle = self._complete(name), Handle(name)
+        group, place = Path(found.path).parents[1], self.host.private_folder(f"cephfs-{name}-copied")
+        if self.host.is_mountpoint(place):
+            self.unmount(handle, place)  # a daemon that was killed left it
+        self._mount_path(handle, str(group), found.monitors, place, (), readonly=False)
+        try:
+            trees = (place / source / ".snap" / snapshot, place / Path(found.path).relative_to(group))
+            self.host.run([*_EXACT, *trees], timeout=CLONE_TIMEOUT)
+        except CommandFailed as error:
+            raise BackendError(
+                f"what was copied from {source} is not equal to it: {error.stderr.strip()}", subject=self._subject
+            ) from None
+        finally:
+            self.unmount(handle, place)
+            place.rmdir()
 
     # Import
     def importable(self) -> Iterable[str]:
@@ -299,15 +326,28 @@ class CephFsDriver(
     def mount(self, handle: Handle, target: Path, *, options: Sequence[str], readonly: bool) -> None:
         check_options(options, subject=self._subject)
         found = self._complete(handle)
+        self._mount_path(handle, found.path, found.monitors, target, options, readonly=readonly)
+
+    def _mount_path(
+        self,
+        handle: Handle,
+        path: str,
+        monitors: Sequence[str],
+        target: Path,
+        options: Sequence[str],
+        *,
+        readonly: bool,
+    ) -> None:
+        """A folder of the file system, for this volume."""
         if self._kernel is None:
             self._kernel, _ = self._choose_client()
         if self._kernel:
-            self._mount_by_kernel(handle, found, target, options, readonly=readonly)
+            self._mount_by_kernel(handle, f"{','.join(monitors)}:{path}", target, options, readonly=readonly)
         else:
-            self._mount_by_fuse(handle, found, target, options, readonly=readonly)
+            self._mount_by_fuse(handle, path, target, options, readonly=readonly)
 
     def _mount_by_kernel(
-        self, handle: Handle, found: Subvolume, target: Path, options: Sequence[str], *, readonly: bool
+        self, handle: Handle, source: str, target: Path, options: Sequence[str], *, readonly: bool
     ) -> None:
         """mount.ceph(8) gives the key to the kernel's keyring; as an option it would stay readable."""
         folder = self.host.private_folder(client_name("cephfs", handle, target))
@@ -315,7 +355,7 @@ class CephFsDriver(
         words = [f"name={self._options.user}", f"secretfile={folder / 'key'}", f"fs={self._options.filesystem}"]
         try:
             self.host.mount_network(
-                f"{','.join(found.monitors)}:{found.path}",
+                source,
                 target,
                 fstype="ceph",
                 options=[*words, "recover_session=clean", *options],
@@ -327,7 +367,7 @@ class CephFsDriver(
             folder.rmdir()
 
     def _mount_by_fuse(
-        self, handle: Handle, found: Subvolume, target: Path, options: Sequence[str], *, readonly: bool
+        self, handle: Handle, path: str, target: Path, options: Sequence[str], *, readonly: bool
     ) -> None:
         client = self._client(handle, target)
         if client.running():
@@ -335,9 +375,9 @@ class CephFsDriver(
         folder = self.host.private_folder(client_name("cephfs", handle, target))
         keyring = folder / "keyring"
         write_private(keyring, f"[client.{self._options.user}]\n\tkey = {self._cluster.key()}\n")
-        words = [f"fsname=ceph:{found.path}", *options, *(["ro"] if readonly else [])]
+        words = [f"fsname=ceph:{path}", *options, *(["ro"] if readonly else [])]
         try:
-            argv = [*self._argv(keyring, found.path), "-o", ",".join(words), target]
+            argv = [*self._argv(keyring, path), "-o", ",".join(words), target]
             client.start(argv, timeout=MOUNT_TIMEOUT)
         finally:
             keyring.unlink()  # ceph-fuse has read it before it mounts

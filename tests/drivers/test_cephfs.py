@@ -18,6 +18,7 @@ from tests.conftest import wait_until
 from tests.harness.ceph import FILESYSTEM, Ceph
 from tests.harness.tree_drivers import client_pid, create, mounted, nothing_left
 from tests.harness.trees import not_held
+from tests.migration import trees
 from volumed.driver import Driver, VolumeSpec
 from volumed.errors import (
     AlreadyExists,
@@ -321,3 +322,23 @@ def test_what_was_written_before_the_servers_hung_is_written_when_they_are_back(
     monkeypatch.setattr("volumed_drivers.cephfs.FINISH_TIMEOUT", 60.0)
     with mounted(driver, handle, target) as tree:
         assert (tree / "file").read_text() == "written"
+
+
+# Copies
+def test_what_the_manager_does_not_copy_is_copied_too(driver: CephFsDriver, tmp_path: Path) -> None:
+    """By a clone, from a snapshot and back to one."""
+    handle = create(driver)
+    with mounted(driver, handle, tmp_path / "at") as tree:
+        trees.make_everything(tree, without=driver.cannot_hold)
+        then = trees.picture(tree)
+    snapshot = driver.snapshot(handle, new_snapshot_id())
+    spec = VolumeSpec(new_volume_id(), None, VolumeMode.FILESYSTEM, driver.VolumeOptions())
+    made = [driver.clone(handle, spec).handle]
+    made.append(driver.create_from_snapshot(snapshot, spec._replace(id=new_volume_id())).handle)
+    with mounted(driver, handle, tmp_path / "at") as tree:
+        (tree / "plain").unlink()
+    driver.restore(handle, snapshot)
+    for copy in (*made, handle):
+        with mounted(driver, copy, tmp_path / "at") as tree:
+            assert trees.picture(tree) == then
+    driver.delete_snapshot(snapshot)

@@ -18,6 +18,7 @@ from tests.harness.gluster import running_gluster
 from tests.harness.volumed import Volumed
 from tests.migration import trees
 from tests.migration.conftest import Mover
+from tests.migration.test_backups import back_up, restore
 from volumed.host.linux import LinuxHost
 from volumed_drivers.cephfs import CephFsDriver
 from volumed_drivers.gluster import GlusterDriver
@@ -115,4 +116,28 @@ def test_everything_arrives_and_comes_back(mover: Mover, pair: tuple[str, str]) 
         assert [name for name in everything if found.get(name) != everything[name]] == []
         assert found == everything, f"{here} to {there}"
         mover.unmount("data")
+    mover.assert_clean()
+
+
+@pytest.mark.parametrize("to", [kind for kind in KINDS if kind not in LOCAL])
+def test_a_backup_across_the_network_comes_back(mover: Mover, to: str) -> None:
+    mover.create("data", "btrfs", size=SIZE)
+    path = mover.mount("data")
+    without = WITHOUT.get(to, frozenset())
+    trees.make_everything(path, without=without)
+    then = trees.picture(path)
+    lost = ["size"] if to in UNSIZED else []
+    backups = [back_up(mover, to=to, accept_loss=lost)]
+    (path / "new").write_bytes(b"since")
+    now = trees.picture(path)
+    backups.append(back_up(mover, to=to, accept_loss=lost))
+    mover.unmount("data")
+    for backup, picture in zip(backups, (then, now), strict=True):
+        assert mover.volumed.ctl("backup", "verify", backup["id"]).returncode == 0
+        assert restore(mover, backup["id"], name="again", backend="btrfs-2")["state"] == "ready"
+        assert trees.picture(mover.mount("again")) == picture
+        mover.unmount("again")
+        mover.volumed.ctl("rm", "-y", "again")
+    mover.volumed.ctl("backup", "rm", "-y", backups[0]["id"])
+    mover.volumed.ctl("backup", "rm", "-y", backups[1]["id"])
     mover.assert_clean()

@@ -1,0 +1,153 @@
+"""A child that makes a tree which Ceph's manager copied from a snapshot equal to it. It runs where a server that does
+not answer would hold it, and can be killed and run again.
+
+    cephfs_exact.py SNAPSHOT TREE
+
+SNAPSHOT holds one folder, the tree as it was. Names go by descriptors of their folders: paths may be of any length.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import stat
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_ITSELF = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_MADE_HERE = (stat.S_ISFIFO, stat.S_ISSOCK, stat.S_ISCHR, stat.S_ISBLK, stat.S_ISLNK)
+
+
+class Unequal(Exception):
+    """What the manager should have copied is not there."""
+
+
+class _Linked(NamedTuple):
+    """`descriptor`: of the first name's file; `names`: how many more there are."""
+
+    descriptor: int
+    names: int
+
+
+_linked: dict[int, _Linked] = {}
+
+
+def even_folder(snapshot: int, tree: int) -> None:
+    """All below; not the folder itself."""
+    for name in os.listdir(snapshot):
+        there = os.lstat(name, dir_fd=snapshot)
+        here = _status(name, tree)
+        if stat.S_ISDIR(there.st_mode):
+            _even_subfolder(name, snapshot, tree)
+        elif there.st_nlink > 1 and _link(name, there, here, tree):
+            continue
+        else:
+            _even_file(name, snapshot, there, here, tree)
+        _even_attributes(name, snapshot, tree)
+
+
+def _status(name: str, folder: int) -> os.stat_result | None:
+    try:
+        return os.lstat(name, dir_fd=folder)
+    except FileNotFoundError:
+        return None
+
+
+def _even_subfolder(name: str, snapshot: int, tree: int) -> None:
+    inner = os.open(name, _FOLDER, dir_fd=snapshot)
+    try:
+        own = os.open(name, _FOLDER, dir_fd=tree)
+        try:
+            even_folder(inner, own)
+        finally:
+            os.close(own)
+    finally:
+        os.close(inner)
+
+
+def _link(name: str, there: os.stat_result, here: os.stat_result | None, tree: int) -> bool:
+    """Whether it is another name of a file that was met before; it is then."""
+    first = _linked.get(there.st_ino)
+    if first is None:
+        return False
+    if here is None or here.st_ino != os.fstat(first.descriptor).st_ino:
+        if here is not None:
+            os.unlink(name, dir_fd=tree)
+        os.link(f"/proc/self/fd/{first.descriptor}", name, dst_dir_fd=tree, follow_symlinks=True)
+    if first.names == 1:
+        os.close(first.descriptor)
+        del _linked[there.st_ino]
+    else:
+        _linked[there.st_ino] = first._replace(names=first.names - 1)
+    return True
+
+
+def _even_file(name: str, snapshot: int, there: os.stat_result, here: os.stat_result | None, tree: int) -> None:
+    if here is None:
+        if not any(is_kind(there.st_mode) for is_kind in _MADE_HERE):
+            raise Unequal(f"{name!r} is missing")
+        if stat.S_ISLNK(there.st_mode):
+            os.symlink(os.readlink(name, dir_fd=snapshot), name, dir_fd=tree)
+        else:
+            os.mknod(name, stat.S_IFMT(there.st_mode) | 0o600, there.st_rdev, dir_fd=tree)
+    elif stat.S_IFMT(here.st_mode) != stat.S_IFMT(there.st_mode):
+        raise Unequal(f"{name!r} is of another kind")
+    elif stat.S_ISREG(there.st_mode) and here.st_size != there.st_size:
+        raise Unequal(f"{name!r} has {here.st_size} bytes, and had {there.st_size}")
+    if there.st_nlink > 1:
+        _linked[there.st_ino] = _Linked(os.open(name, _ITSELF, dir_fd=tree), there.st_nlink - 1)
+
+
+def _even_attributes(name: str, snapshot: int, tree: int) -> None:
+    original = os.open(name, _ITSELF, dir_fd=snapshot)
+    try:
+        own = os.open(name, _ITSELF, dir_fd=tree)
+        try:
+            even(original, own)
+        finally:
+            os.close(own)
+    finally:
+        os.close(original)
+
+
+def even(original: int, own: int) -> None:
+    """Owner, attributes, mode, times, in this order: the first takes from the others, and each touches the last."""
+    there, here, path = os.fstat(original), os.fstat(own), f"/proc/self/fd/{own}"
+    if (there.st_uid, there.st_gid) != (here.st_uid, here.st_gid):
+        os.chown(path, there.st_uid, there.st_gid)
+    wanted, found = _attributes(original), _attributes(own)
+    for key in found.keys() - wanted.keys():
+        os.removexattr(path, key)
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            os.setxattr(path, key, value)
+    here = os.fstat(own)
+    if not stat.S_ISLNK(there.st_mode) and there.st_mode != here.st_mode:
+        Path(path).chmod(stat.S_IMODE(there.st_mode))
+    if there.st_mtime_ns != here.st_mtime_ns:
+        os.utime(path, ns=(there.st_atime_ns, there.st_mtime_ns))
+
+
+def _attributes(descriptor: int) -> dict[str, bytes]:
+    """Without Ceph's own, which tell of quotas, layouts and sizes."""
+    path = f"/proc/self/fd/{descriptor}"
+    return {key: os.getxattr(path, key) for key in os.listxattr(path) if not key.startswith("ceph.")}
+
+
+def main(snapshot: str, tree: str) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    sys.setrecursionlimit(100_000)
+    (folder,) = (entry.path for entry in os.scandir(snapshot) if entry.is_dir(follow_symlinks=False))
+    original, own = os.open(folder, _FOLDER), os.open(tree, _FOLDER)
+    even_folder(original, own)
+    even(original, own)
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except (Unequal, OSError) as error:
+        sys.exit(str(error))
