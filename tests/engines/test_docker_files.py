@@ -83,8 +83,12 @@ def test_a_client_that_is_killed_is_replaced_under_its_container(
     os.kill(json.loads((helper / "process").read_bytes())["pid"], 9)
     event = volumed.wait_for_event("helper.died", timeout=60)
     assert event["subject"] == "data"
-    # The killed client of CephFS holds what it had to write until the MDS drops it: session_timeout, 60 s by default.
-    wait_until(lambda: docker("exec", "web-1", "cat", "/data/file", check=False) == "kept", timeout=180)
+    # The killed client of CephFS holds what it had to write until the MDS drops it.
+    try:
+        wait_until(lambda: docker("exec", "web-1", "cat", "/data/file", check=False) == "kept", timeout=180)
+    except AssertionError:
+        print(volumed.log()[-8000:])
+        raise
 
 
 def test_a_snapshot_of_files_in_use(docker: Docker, plugin: str, volumed: Volumed) -> None:

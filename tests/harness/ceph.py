@@ -174,6 +174,9 @@ class Ceph:
         for pool in ("files-metadata", "files-data"):
             self.ceph("osd", "pool", "create", pool, "8")
         self.ceph("fs", "new", FILESYSTEM, "files-metadata", "files-data")
+        # What a killed client holds, others get when the MDS drops it: the least that it takes, for 60 s and 300 s.
+        self.ceph("fs", "set", FILESYSTEM, "session_timeout", "30")
+        self.ceph("fs", "set", FILESYSTEM, "session_autoclose", "60")
         self.run("mds.a")
         wait_until(lambda: "up:active" in self.ceph("mds", "stat"), timeout=READY)
         return FILESYSTEM

@@ -11,11 +11,11 @@ from pathlib import Path
 
 
 def command_lines() -> dict[int, bytes]:
-    """The arguments of each process by its pid, separated by zero bytes; without those that end while we look."""
+    """The arguments of each process by its pid, with a blank after each; without those that end while we look."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            found[int(path.parent.name)] = path.read_bytes()
+            found[int(path.parent.name)] = path.read_bytes().replace(b"\0", b" ")
     return found
 
 

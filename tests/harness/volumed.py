@@ -205,15 +205,16 @@ arguments = {json.dumps(list(podman or ()))}
         return [found.backing_file for found in loop.attached() if found.backing_file.is_relative_to(self.folder)]
 
     def stored(self) -> list[str]:
-        """Names of everything on the backends' storage."""
+        """Names of everything on the backends' storage, but for what a look at it needs for a moment."""
         folders = [self.folder / "volumes", self.folder / "images"]
-        return sorted(path.name for folder in folders if folder.exists() for path in folder.iterdir())
+        names = [path.name for folder in folders if folder.exists() for path in folder.iterdir()]
+        return sorted(name for name in names if not name.startswith(".probe-"))
 
     def assert_nothing_left(self) -> None:
         assert self.mounted() == {}
         assert self.targets_mounted() == []
         assert self.loops() == []
-        assert self.stored() == []
+        assert self.stored() == [], self.stored()
         assert list((self.state / "mounts").iterdir()) == []
         assert self.api.get("volumes")["volumes"] == []
         assert self.bindings() == []

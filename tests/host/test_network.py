@@ -18,7 +18,7 @@ from tests.harness.stalled import Server, stalled_tree
 from volumed import context
 from volumed.driver import Revived, TreeStatus
 from volumed.errors import DeadlineExceeded, InUse, MountFailed
-from volumed.host import mounts
+from volumed.host import mounts, network
 from volumed.host import run as run_module
 from volumed.host.linux import LinuxHost
 
@@ -115,6 +115,31 @@ def test_unmount_takes_the_careful_way_by_itself(
     monkeypatch.setattr(mounts, "unmount", lambda target: pytest.fail("a daemon's thread waits for a server"))
     host.unmount(tree)
     assert not host.is_mountpoint(tree)
+
+
+def test_whoever_lets_go_at_once_holds_nothing_up(
+    server: Server, tree: Path, host: LinuxHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen by the kernel, and gone when its name is looked for."""
+    held = os.open(tree, os.O_RDONLY)
+    monkeypatch.setattr(network, "holders_of_mount", lambda target: [])
+    letting_go = threading.Timer(0.2, os.close, [held])
+    letting_go.start()
+    host.unmount_network(tree)
+    assert not host.is_mountpoint(tree)
+    letting_go.join()
+
+
+def test_what_nobody_can_be_named_for_is_said_too(
+    server: Server, tree: Path, host: LinuxHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network, "holders_of_mount", lambda target: [])
+    held = os.open(tree, os.O_RDONLY)
+    try:
+        with pytest.raises(InUse, match="a process"):
+            host.unmount_network(tree)
+    finally:
+        os.close(held)
 
 
 def test_who_holds_a_tree_is_named_though_its_server_hangs(server: Server, tree: Path, host: LinuxHost) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,7 @@ print(ctypes.get_errno() if done else 0)
 )
 _STATUS = ("stat", "--file-system", "--format=%S %b %f %a %c %d", "--")
 MNT_FORCE, UMOUNT_NOFOLLOW = 1, 8
+_MOMENT = 1.0  # seconds in which whoever only looked at a mount has left it again
 # What mount(8) takes for itself and never hands to the file system: with these it would do something else than mount.
 _OF_MOUNT = frozenset(
     {"bind", "rbind", "move", "rmove", "remount", "loop", "private", "rprivate", "shared", "rshared", "slave", "rslave"}
@@ -81,6 +83,7 @@ def _clear(target: Path) -> None:
 def unmount(target: Path, *, timeout: float, force: bool) -> None:
     """See `volumed.driver.Host.unmount_network`."""
     flags = UMOUNT_NOFOLLOW | (MNT_FORCE if force else 0)
+    ends = time.monotonic() + _MOMENT
     while mounts.is_mountpoint(target):
         try:
             number = int(run([*_UNMOUNT, target, str(flags)], timeout=timeout).stdout)
@@ -89,7 +92,11 @@ def unmount(target: Path, *, timeout: float, force: bool) -> None:
                 "unmounting got no answer from its server in time", subject=f"mount {target}"
             ) from None
         if number == errno.EBUSY:
-            raise InUse("is held by", holders=holders_of_mount(target) or ["a process"], subject=f"mount {target}")
+            holders = holders_of_mount(target)
+            if holders or time.monotonic() > ends:
+                raise InUse("is held by", holders=holders or ["a process"], subject=f"mount {target}")
+            time.sleep(0.05)  # whoever looked at it for a moment has let go
+            continue
         if number and mounts.is_mountpoint(target):
             raise MountFailed(f"unmounting failed: {os.strerror(number)}", errno=number, subject=str(target))
 
