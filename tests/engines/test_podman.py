@@ -9,6 +9,7 @@ import pytest
 from tests.conftest import wait_until
 from tests.engines.conftest import plugin_socket
 from tests.harness.podman import Podman, podman_with
+from tests.harness.processes import command_lines
 from tests.harness.volumed import Volumed, running_volumed
 
 pytestmark = [pytest.mark.root, pytest.mark.engine]
@@ -87,6 +88,21 @@ def test_volumed_killed_and_back(podman: Podman, volumed: Volumed) -> None:
     volumed.start()
     assert len(volumed.bindings()) == 1
     assert podman("exec", "one", "cat", "/data/file") == "kept"
+
+
+def watchers(podman: Podman) -> list[int]:
+    words = " ".join([*podman.arguments, "events"]).encode()
+    return [pid for pid, line in command_lines().items() if words in line]
+
+
+def test_what_watches_podman_ends_with_a_daemon_that_is_killed(podman: Podman, volumed: Volumed) -> None:
+    wait_until(lambda: len(watchers(podman)) == 1, timeout=60)
+    volumed.kill()
+    try:
+        wait_until(lambda: watchers(podman) == [], timeout=60)
+    finally:
+        volumed.start()
+    wait_until(lambda: len(watchers(podman)) == 1, timeout=60)
 
 
 def test_a_container_that_crashed(podman: Podman, volumed: Volumed) -> None:

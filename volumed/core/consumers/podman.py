@@ -19,6 +19,9 @@ _log = logging.getLogger(__name__)
 
 ALIVE = frozenset({"running", "paused", "stopping"})
 TIMEOUT = 30.0
+# Or it would outlive a daemon that is killed. The kernel counts the thread that started a child as its parent: ours
+# lasts as long as the child is read.
+_ENDS_WITH_US = ("setpriv", "--pdeathsig", "KILL")
 LONGEST_PAUSE = 60.0
 
 
@@ -63,7 +66,7 @@ class PodmanSource(ConsumerSource):
             pause = min(pause * 2, LONGEST_PAUSE)
 
     def _follow(self, changed: Callable[[], None], stop: threading.Event) -> bool:
-        argv = [*self._argv, "events", "--filter", "type=container", "--format", "{{.Status}}"]
+        argv = [*_ENDS_WITH_US, *self._argv, "events", "--filter", "type=container", "--format", "{{.Status}}"]
         heard = False
         with subprocess.Popen(
             argv,
