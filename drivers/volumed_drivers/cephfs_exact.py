@@ -8,10 +8,12 @@ SNAPSHOT holds one folder, the tree as it was. Names go by descriptors of their 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,12 +42,28 @@ def even_folder(snapshot: int, tree: int) -> None:
         there = os.lstat(name, dir_fd=snapshot)
         here = _status(name, tree)
         if stat.S_ISDIR(there.st_mode):
-            _even_subfolder(name, snapshot, tree)
+            with _both(name, _FOLDER, snapshot, tree) as (inner, own):
+                even_folder(inner, own)
         elif there.st_nlink > 1 and _link(name, there, here, tree):
             continue
         else:
             _even_file(name, snapshot, there, here, tree)
-        _even_attributes(name, snapshot, tree)
+        with _both(name, _ITSELF, snapshot, tree) as (original, own):
+            even(original, own)
+
+
+@contextlib.contextmanager
+def _both(name: str, flags: int, snapshot: int, tree: int) -> Iterator[tuple[int, int]]:
+    """The name opened on either side."""
+    original = os.open(name, flags, dir_fd=snapshot)
+    try:
+        own = os.open(name, flags, dir_fd=tree)
+        try:
+            yield original, own
+        finally:
+            os.close(own)
+    finally:
+        os.close(original)
 
 
 def _status(name: str, folder: int) -> os.stat_result | None:
@@ -53,18 +71,6 @@ def _status(name: str, folder: int) -> os.stat_result | None:
         return os.lstat(name, dir_fd=folder)
     except FileNotFoundError:
         return None
-
-
-def _even_subfolder(name: str, snapshot: int, tree: int) -> None:
-    inner = os.open(name, _FOLDER, dir_fd=snapshot)
-    try:
-        own = os.open(name, _FOLDER, dir_fd=tree)
-        try:
-            even_folder(inner, own)
-        finally:
-            os.close(own)
-    finally:
-        os.close(inner)
 
 
 def _link(name: str, there: os.stat_result, here: os.stat_result | None, tree: int) -> bool:
@@ -98,18 +104,6 @@ def _even_file(name: str, snapshot: int, there: os.stat_result, here: os.stat_re
         raise Unequal(f"{name!r} has {here.st_size} bytes, and had {there.st_size}")
     if there.st_nlink > 1:
         _linked[there.st_ino] = _Linked(os.open(name, _ITSELF, dir_fd=tree), there.st_nlink - 1)
-
-
-def _even_attributes(name: str, snapshot: int, tree: int) -> None:
-    original = os.open(name, _ITSELF, dir_fd=snapshot)
-    try:
-        own = os.open(name, _ITSELF, dir_fd=tree)
-        try:
-            even(original, own)
-        finally:
-            os.close(own)
-    finally:
-        os.close(original)
 
 
 def even(original: int, own: int) -> None:
