@@ -159,6 +159,7 @@ class CephFsDriver(
 
     def delete(self, handle: Handle) -> None:
         name = _checked(handle, self._subject)
+        self._leave_place(name)
         for helper in self.host.helpers(f"cephfs-{name}-"):
             if not helper.running:
                 self.host.stop_helper(helper.name)
@@ -288,11 +289,12 @@ class CephFsDriver(
         """The manager copies no ACL or other attribute, no device, socket or FIFO, hard links as files of their own,
         and times without their nanoseconds (measured)."""
         found, handle = self._complete(name), Handle(name)
-        group, place = Path(found.path).parents[1], self.host.private_folder(f"cephfs-{name}-copied")
-        if self.host.is_mountpoint(place):
-            self.unmount(handle, place)  # a daemon that was killed left it
-        self._mount_path(handle, str(group), found.monitors, place, (), readonly=False)
+        group = Path(found.path).parents[1]
+        self._leave_place(name)  # a daemon that was killed left it
+        place = self.host.private_folder(_place(name))
         try:
+            self._mount_path(handle, str(group), found.monitors, place, (), readonly=False)
+            crash.point("cephfs.exact.mounted")
             trees = (place / source / ".snap" / snapshot, place / Path(found.path).relative_to(group))
             self.host.run([*_EXACT, *trees], timeout=CLONE_TIMEOUT)
         except CommandFailed as error:
@@ -300,8 +302,14 @@ class CephFsDriver(
                 f"what was copied from {source} is not equal to it: {error.stderr.strip()}", subject=self._subject
             ) from None
         finally:
-            self.unmount(handle, place)
-            place.rmdir()
+            self._leave_place(name)
+
+    def _leave_place(self, name: str) -> None:
+        """Where a copy is made equal to its original; not there is success."""
+        place = self.host.private_folder(_place(name))
+        if self.host.is_mountpoint(place):
+            self.unmount(Handle(name), place)
+        place.rmdir()
 
     # Import
     def importable(self) -> Iterable[str]:
@@ -412,6 +420,11 @@ def _checked(name: str, subject: str) -> str:
     if not _SUBVOLUME.fullmatch(name):
         raise NotFound(f"{name[:60]!r} is no volume of this driver", subject=subject)
     return name
+
+
+def _place(name: str) -> str:
+    """Private to root."""
+    return f"cephfs-{name}-copied"
 
 
 def _parts(snapshot: Handle) -> tuple[str, str]:
