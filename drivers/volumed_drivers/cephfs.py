@@ -238,14 +238,16 @@ class CephFsDriver(
         time. What it was for is kept with the snapshot meanwhile."""
         name, snapshot_name = _parts(snapshot)
         found = self._volumes.look(name)
-        if found is not None and found.state is State.COMPLETE:
+        # What has been filled again has no note yet, as a removal takes it along: that is gone on with.
+        note = self._volumes.read_note(name)
+        filled = found is not None and found.state is State.COMPLETE and note is None
+        if found is not None and found.state is State.COMPLETE and note is not None:
             if self._volumes.read_snapshot_note(name, snapshot_name) is None:
-                note = self._volumes.read_note(name) or Note()
                 self._volumes.note_snapshot(name, snapshot_name, note._replace(size=found.size))
                 crash.point("cephfs.restore.noted")
             self._volumes.remove(name, keep_snapshots=True)
             crash.point("cephfs.restore.removed")
-        if found is None or found.state is not State.PENDING:
+        if not filled and (found is None or found.state is not State.PENDING):
             self._volumes.clone(name, snapshot_name, name)
             crash.point("cephfs.restore.begun")
         self._volumes.wait_for_clone(name)

@@ -3,7 +3,8 @@ not answer would hold it, and can be killed and run again.
 
     cephfs_exact.py SNAPSHOT TREE
 
-SNAPSHOT holds one folder, the tree as it was. Names go by descriptors of their folders: paths may be of any length.
+SNAPSHOT holds one folder with a UUID for its name, the tree as it was. Names go by descriptors of their folders: paths
+may be of any length.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import resource
 import signal
 import stat
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _PR_SET_PDEATHSIG = 1
+_TREE = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # the manager names it by a random UUID
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _ITSELF = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _MADE_HERE = (stat.S_ISFIFO, stat.S_ISSOCK, stat.S_ISCHR, stat.S_ISBLK, stat.S_ISLNK)
@@ -30,29 +33,69 @@ class Unequal(Exception):
 
 
 class _Linked(NamedTuple):
-    """`descriptor`: of the first name's file; `names`: how many more there are."""
+    """The path of the first name of a file with many, and how many are to come."""
 
-    descriptor: int
+    path: tuple[str, ...]
     names: int
 
 
-_linked: dict[int, _Linked] = {}
+class Copy:
+    """The tree at descriptor `root`."""
+
+    def __init__(self, root: int) -> None:
+        self._root = root
+        self._linked: dict[int, _Linked] = {}
+
+    def even_folder(self, snapshot: int, tree: int, path: tuple[str, ...] = ()) -> None:
+        """All below; not the folder itself."""
+        for name in os.listdir(snapshot):
+            there = os.lstat(name, dir_fd=snapshot)
+            here = _status(name, tree)
+            if stat.S_ISDIR(there.st_mode):
+                with _both(name, _FOLDER, snapshot, tree) as (inner, own):
+                    self.even_folder(inner, own, (*path, name))
+            elif there.st_nlink > 1 and self._link(name, there, here, tree):
+                continue
+            else:
+                _even_file(name, snapshot, there, here, tree)
+                if there.st_nlink > 1:
+                    self._linked[there.st_ino] = _Linked((*path, name), there.st_nlink - 1)
+            with _both(name, _ITSELF, snapshot, tree) as (original, own):
+                even(original, own)
+
+    def _link(self, name: str, there: os.stat_result, here: os.stat_result | None, tree: int) -> bool:
+        """Whether it is another name of a file that was met before; it is then."""
+        first = self._linked.pop(there.st_ino, None)
+        if first is None:
+            return False
+        with self._opened(first.path) as descriptor:
+            if here is None or here.st_ino != os.fstat(descriptor).st_ino:
+                if here is not None:
+                    os.unlink(name, dir_fd=tree)
+                os.link(f"/proc/self/fd/{descriptor}", name, dst_dir_fd=tree, follow_symlinks=True)
+        if first.names > 1:
+            self._linked[there.st_ino] = first._replace(names=first.names - 1)
+        return True
+
+    @contextlib.contextmanager
+    def _opened(self, path: tuple[str, ...]) -> Iterator[int]:
+        """Not kept open from its first name on: there may be more such files than descriptors."""
+        descriptor = os.dup(self._root)
+        try:
+            for name in path:
+                inner = os.open(name, _ITSELF, dir_fd=descriptor)
+                os.close(descriptor)
+                descriptor = inner
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
 
-def even_folder(snapshot: int, tree: int) -> None:
-    """All below; not the folder itself."""
-    for name in os.listdir(snapshot):
-        there = os.lstat(name, dir_fd=snapshot)
-        here = _status(name, tree)
-        if stat.S_ISDIR(there.st_mode):
-            with _both(name, _FOLDER, snapshot, tree) as (inner, own):
-                even_folder(inner, own)
-        elif there.st_nlink > 1 and _link(name, there, here, tree):
-            continue
-        else:
-            _even_file(name, snapshot, there, here, tree)
-        with _both(name, _ITSELF, snapshot, tree) as (original, own):
-            even(original, own)
+def _status(name: str, folder: int) -> os.stat_result | None:
+    try:
+        return os.lstat(name, dir_fd=folder)
+    except FileNotFoundError:
+        return None
 
 
 @contextlib.contextmanager
@@ -69,30 +112,6 @@ def _both(name: str, flags: int, snapshot: int, tree: int) -> Iterator[tuple[int
         os.close(original)
 
 
-def _status(name: str, folder: int) -> os.stat_result | None:
-    try:
-        return os.lstat(name, dir_fd=folder)
-    except FileNotFoundError:
-        return None
-
-
-def _link(name: str, there: os.stat_result, here: os.stat_result | None, tree: int) -> bool:
-    """Whether it is another name of a file that was met before; it is then."""
-    first = _linked.get(there.st_ino)
-    if first is None:
-        return False
-    if here is None or here.st_ino != os.fstat(first.descriptor).st_ino:
-        if here is not None:
-            os.unlink(name, dir_fd=tree)
-        os.link(f"/proc/self/fd/{first.descriptor}", name, dst_dir_fd=tree, follow_symlinks=True)
-    if first.names == 1:
-        os.close(first.descriptor)
-        del _linked[there.st_ino]
-    else:
-        _linked[there.st_ino] = first._replace(names=first.names - 1)
-    return True
-
-
 def _even_file(name: str, snapshot: int, there: os.stat_result, here: os.stat_result | None, tree: int) -> None:
     if here is None:
         if not any(is_kind(there.st_mode) for is_kind in _MADE_HERE):
@@ -105,8 +124,6 @@ def _even_file(name: str, snapshot: int, there: os.stat_result, here: os.stat_re
         raise Unequal(f"{name!r} is of another kind")
     elif stat.S_ISREG(there.st_mode) and here.st_size != there.st_size:
         raise Unequal(f"{name!r} has {here.st_size} bytes, and had {there.st_size}")
-    if there.st_nlink > 1:
-        _linked[there.st_ino] = _Linked(os.open(name, _ITSELF, dir_fd=tree), there.st_nlink - 1)
 
 
 def even(original: int, own: int) -> None:
@@ -140,9 +157,12 @@ def main(snapshot: str, tree: str) -> None:
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     sys.setrecursionlimit(100_000)
-    (folder,) = (entry.path for entry in os.scandir(snapshot) if entry.is_dir(follow_symlinks=False))
-    original, own = os.open(folder, _FOLDER), os.open(tree, _FOLDER)
-    even_folder(original, own)
+    # Beside it the manager may keep a folder for what it removes (`.trash`).
+    folders = [entry.path for entry in os.scandir(snapshot) if _TREE.fullmatch(entry.name)]
+    if len(folders) != 1:
+        raise Unequal(f"the snapshot holds {len(folders)} trees")
+    original, own = os.open(folders[0], _FOLDER), os.open(tree, _FOLDER)
+    Copy(own).even_folder(original, own)
     even(original, own)
 
 

@@ -153,8 +153,9 @@ class ImageDriver(
         size = self._aligned(spec.size)
         image = self._image(Handle(spec.id))
         if not image.exists():
-            if self.capacity().available < ALIGNMENT:  # the file takes no space, but nothing could be written to it
-                raise self._full()
+            with self._explained(size):
+                if self.capacity().available < ALIGNMENT:  # the file takes no space, but nothing could be written to it
+                    raise self._full()
             new = _new(image)
             with self._explained(size), new.open("wb") as made:
                 os.fchmod(made.fileno(), 0o600)

@@ -338,7 +338,10 @@ def test_what_the_manager_does_not_copy_is_copied_too(driver: CephFsDriver, tmp_
     with mounted(driver, handle, tmp_path / "at") as tree:
         (tree / "plain").unlink()
     driver.restore(handle, snapshot)
+    later = driver.snapshot(handle, new_snapshot_id())  # of what was put back once already
+    made.append(driver.create_from_snapshot(later, spec._replace(id=new_volume_id())).handle)
     for copy in (*made, handle):
         with mounted(driver, copy, tmp_path / "at") as tree:
             assert trees.picture(tree) == then
     driver.delete_snapshot(snapshot)
+    driver.delete_snapshot(later)

@@ -232,6 +232,7 @@ async def _read_body(receive: _Receive) -> bytes:
 
 async def _is_gone(receive: _Receive) -> bool:
     """Whether the caller hung up; never waits: where `receive` would, it is dropped."""
+    await asyncio.sleep(0)  # what the socket has said is heard
     asking = receive().__await__()
     try:
         next(asking)
