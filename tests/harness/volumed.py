@@ -218,7 +218,9 @@ arguments = {json.dumps(list(podman or ()))}
         assert list((self.state / "mounts").iterdir()) == []
         assert self.api.get("volumes")["volumes"] == []
         assert self.bindings() == []
-        found = self.api.get("doctor")
+        ends = time.monotonic() + 30  # a container that is gone may be seen for a moment more
+        while (found := self.api.get("doctor")) and time.monotonic() < ends:
+            time.sleep(0.2)
         assert found == [], found
 
     def clean_up(self) -> None:
