@@ -238,16 +238,16 @@ class CephFsDriver(
         time. What it was for is kept with the snapshot meanwhile."""
         name, snapshot_name = _parts(snapshot)
         found = self._volumes.look(name)
-        # What has been filled again has no note yet, as a removal takes it along: that is gone on with.
-        note = self._volumes.read_note(name)
-        filled = found is not None and found.state is State.COMPLETE and note is None
-        if found is not None and found.state is State.COMPLETE and note is not None:
+        # What was filled again has no note yet, as a removal takes it along: that is gone on with.
+        note = self._volumes.read_note(name) if found is not None and found.state is State.COMPLETE else None
+        if found is not None and note is not None:
             if self._volumes.read_snapshot_note(name, snapshot_name) is None:
                 self._volumes.note_snapshot(name, snapshot_name, note._replace(size=found.size))
                 crash.point("cephfs.restore.noted")
             self._volumes.remove(name, keep_snapshots=True)
             crash.point("cephfs.restore.removed")
-        if not filled and (found is None or found.state is not State.PENDING):
+            found = None
+        if found is None or found.state not in (State.PENDING, State.COMPLETE):
             self._volumes.clone(name, snapshot_name, name)
             crash.point("cephfs.restore.begun")
         self._volumes.wait_for_clone(name)
@@ -290,12 +290,12 @@ class CephFsDriver(
     def _make_exact(self, source: str, snapshot: str, name: str) -> None:
         """The manager copies no ACL or other attribute, no device, socket or FIFO, hard links as files of their own,
         and times without their nanoseconds (measured)."""
-        found, handle = self._complete(name), Handle(name)
+        found = self._complete(name)
         group = Path(found.path).parents[1]
         self._leave_place(name)  # a daemon that was killed left it
-        place = self.host.private_folder(_place(name))
+        place = self._place(name)
         try:
-            self._mount_path(handle, str(group), found.monitors, place, (), readonly=False)
+            self._mount(Handle(name), found._replace(path=str(group)), place)
             crash.point("cephfs.exact.mounted")
             trees = (place / source / ".snap" / snapshot, place / Path(found.path).relative_to(group))
             self.host.run([*_EXACT, *trees], timeout=CLONE_TIMEOUT)
@@ -306,9 +306,13 @@ class CephFsDriver(
         finally:
             self._leave_place(name)
 
+    def _place(self, name: str) -> Path:
+        """Where a copy is made equal to its original."""
+        return self.host.private_folder(f"cephfs-{name}-copied")
+
     def _leave_place(self, name: str) -> None:
-        """Where a copy is made equal to its original; not there is success."""
-        place = self.host.private_folder(_place(name))
+        """Not there is success."""
+        place = self._place(name)
         if self.host.is_mountpoint(place):
             self.unmount(Handle(name), place)
         place.rmdir()
@@ -336,28 +340,21 @@ class CephFsDriver(
     def mount(self, handle: Handle, target: Path, *, options: Sequence[str], readonly: bool) -> None:
         check_options(options, subject=self._subject)
         found = self._complete(handle)
-        self._mount_path(handle, found.path, found.monitors, target, options, readonly=readonly)
+        self._mount(handle, found, target, options, readonly=readonly)
 
-    def _mount_path(
-        self,
-        handle: Handle,
-        path: str,
-        monitors: Sequence[str],
-        target: Path,
-        options: Sequence[str],
-        *,
-        readonly: bool,
+    def _mount(
+        self, handle: Handle, found: Subvolume, target: Path, options: Sequence[str] = (), *, readonly: bool = False
     ) -> None:
-        """A folder of the file system, for this volume."""
+        """The folder at `found.path`, by a client of its own."""
         if self._kernel is None:
             self._kernel, _ = self._choose_client()
         if self._kernel:
-            self._mount_by_kernel(handle, f"{','.join(monitors)}:{path}", target, options, readonly=readonly)
+            self._mount_by_kernel(handle, found, target, options, readonly=readonly)
         else:
-            self._mount_by_fuse(handle, path, target, options, readonly=readonly)
+            self._mount_by_fuse(handle, found, target, options, readonly=readonly)
 
     def _mount_by_kernel(
-        self, handle: Handle, source: str, target: Path, options: Sequence[str], *, readonly: bool
+        self, handle: Handle, found: Subvolume, target: Path, options: Sequence[str], *, readonly: bool
     ) -> None:
         """mount.ceph(8) gives the key to the kernel's keyring; as an option it would stay readable."""
         folder = self.host.private_folder(client_name("cephfs", handle, target))
@@ -365,7 +362,7 @@ class CephFsDriver(
         words = [f"name={self._options.user}", f"secretfile={folder / 'key'}", f"fs={self._options.filesystem}"]
         try:
             self.host.mount_network(
-                source,
+                f"{','.join(found.monitors)}:{found.path}",
                 target,
                 fstype="ceph",
                 options=[*words, "recover_session=clean", *options],
@@ -377,7 +374,7 @@ class CephFsDriver(
             folder.rmdir()
 
     def _mount_by_fuse(
-        self, handle: Handle, path: str, target: Path, options: Sequence[str], *, readonly: bool
+        self, handle: Handle, found: Subvolume, target: Path, options: Sequence[str], *, readonly: bool
     ) -> None:
         client = self._client(handle, target)
         if client.running():
@@ -385,9 +382,9 @@ class CephFsDriver(
         folder = self.host.private_folder(client_name("cephfs", handle, target))
         keyring = folder / "keyring"
         write_private(keyring, f"[client.{self._options.user}]\n\tkey = {self._cluster.key()}\n")
-        words = [f"fsname=ceph:{path}", *options, *(["ro"] if readonly else [])]
+        words = [f"fsname=ceph:{found.path}", *options, *(["ro"] if readonly else [])]
         try:
-            argv = [*self._argv(keyring, path), "-o", ",".join(words), target]
+            argv = [*self._argv(keyring, found.path), "-o", ",".join(words), target]
             client.start(argv, timeout=MOUNT_TIMEOUT)
         finally:
             keyring.unlink()  # ceph-fuse has read it before it mounts
@@ -422,11 +419,6 @@ def _checked(name: str, subject: str) -> str:
     if not _SUBVOLUME.fullmatch(name):
         raise NotFound(f"{name[:60]!r} is no volume of this driver", subject=subject)
     return name
-
-
-def _place(name: str) -> str:
-    """Private to root."""
-    return f"cephfs-{name}-copied"
 
 
 def _parts(snapshot: Handle) -> tuple[str, str]:
