@@ -96,8 +96,7 @@ def unmount(target: Path, *, timeout: float, force: bool) -> None:
             if holders or time.monotonic() > ends:
                 raise InUse("is held by", holders=holders or ["a process"], subject=f"mount {target}")
             time.sleep(0.05)  # whoever looked at it for a moment has let go
-            continue
-        if number and mounts.is_mountpoint(target):
+        elif number and mounts.is_mountpoint(target):
             raise MountFailed(f"unmounting failed: {os.strerror(number)}", errno=number, subject=str(target))
 
 

@@ -43,15 +43,15 @@ class Recent:
             self._committing = True
             for change in changes:
                 self._entries.pop(change.key, None)
-        committed = False
+        committed: Sequence[Change] = ()
         try:
             yield
-            committed = True
+            committed = changes
         finally:
             with self._lock:
                 self._committing = False
                 self._commits += 1
-                for key, value, revision in changes if committed else ():
+                for key, value, revision in committed:
                     self._keep(key, None if value is None else Entry(key, value, revision))
 
     def _keep(self, key: str, entry: Entry | None) -> None:
