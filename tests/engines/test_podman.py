@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import wait_until
 from tests.engines.conftest import plugin_socket
 from tests.harness.podman import Podman, podman_with
-from tests.harness.processes import command_lines
+from tests.harness.processes import pids_with
 from tests.harness.volumed import Volumed, running_volumed
 
 pytestmark = [pytest.mark.root, pytest.mark.engine]
@@ -91,8 +91,7 @@ def test_volumed_killed_and_back(podman: Podman, volumed: Volumed) -> None:
 
 
 def watchers(podman: Podman) -> list[int]:
-    words = " ".join([*podman.arguments, "events"]).encode()
-    return [pid for pid, line in command_lines().items() if words in line]
+    return pids_with(" ".join([*podman.arguments, "events"]))
 
 
 def test_what_watches_podman_ends_with_a_daemon_that_is_killed(podman: Podman, volumed: Volumed) -> None:

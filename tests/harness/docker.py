@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.harness.processes import Process, command_lines
+from tests.harness.processes import Process, pids_with
 
 PLUGINS = Path("/run/docker/plugins")
 
@@ -112,7 +112,7 @@ address = "{self.folder}/containerd.sock"
     def _end_what_is_left(self) -> None:
         """containerd and shims of a dockerd that was killed: those whose command line names our folder."""
         for _ in range(50):
-            mine = [pid for pid, line in command_lines().items() if str(self.folder).encode() in line]
+            mine = pids_with(str(self.folder))
             if not mine:
                 break
             for pid in mine:

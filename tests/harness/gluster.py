@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.conftest import wait_until
-from tests.harness.processes import Process, command_lines
+from tests.harness.processes import Process, pids_with
 
 _CONF = """
 volume management
@@ -96,21 +96,21 @@ class Gluster:
 
     # What can happen to it
     def kill_brick(self, name: str) -> None:
-        for pid in self._pids(f"--brick-name {self.folder}/bricks/{name} "):
+        for pid in pids_with(f"--brick-name {self.folder}/bricks/{name} "):
             os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not self._pids(f"--brick-name {self.folder}/bricks/{name} "))
+        wait_until(lambda: not pids_with(f"--brick-name {self.folder}/bricks/{name} "))
 
     def revive_brick(self, name: str) -> None:
         def online() -> bool:
             self._gluster("volume", "start", name, "force")  # does nothing until glusterd has noticed that it is gone
-            return bool(self._pids(f"--brick-name {self.folder}/bricks/{name} "))
+            return bool(pids_with(f"--brick-name {self.folder}/bricks/{name} "))
 
         wait_until(online)
 
     @contextlib.contextmanager
     def stopped(self, name: str) -> Iterator[None]:
         """The brick answers nobody, and refuses nobody."""
-        pids = self._pids(f"--brick-name {self.folder}/bricks/{name} ")
+        pids = pids_with(f"--brick-name {self.folder}/bricks/{name} ")
         assert pids
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
@@ -125,14 +125,11 @@ class Gluster:
         assert self._server is not None
         self._server.end(signal.SIGKILL)
 
-    def _pids(self, mark: str) -> list[int]:
-        return [pid for pid, line in command_lines().items() if mark.encode() in line]
-
     def end(self) -> None:
         if self._server is not None and self._server.running():
             self._server.end(signal.SIGKILL)
         # Bricks and quotad are told a path of ours, and the mounts that the quota's commands leave behind our address.
-        for pid in {*self._pids(f"{self.folder}/"), *self._pids(self.address)}:
+        for pid in {*pids_with(f"{self.folder}/"), *pids_with(self.address)}:
             if pid != os.getpid():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

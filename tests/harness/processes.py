@@ -19,6 +19,11 @@ def command_lines() -> dict[int, bytes]:
     return found
 
 
+def pids_with(words: str) -> list[int]:
+    """Of the processes whose arguments hold these words."""
+    return [pid for pid, line in command_lines().items() if words.encode() in line]
+
+
 class Process:
     """Started in a session of its own; its output goes to a file that a failing test shows."""
 

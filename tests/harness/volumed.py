@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,21 +206,22 @@ arguments = {json.dumps(list(podman or ()))}
 
     def stored(self) -> list[str]:
         """Names of everything on the backends' storage, but for what a look at it needs for a moment."""
+        return sorted(name for name in self._on_storage() if not name.startswith(".probe-"))
+
+    def _on_storage(self) -> list[str]:
         folders = [self.folder / "volumes", self.folder / "images"]
-        names = [path.name for folder in folders if folder.exists() for path in folder.iterdir()]
-        return sorted(name for name in names if not name.startswith(".probe-"))
+        return [path.name for folder in folders if folder.exists() for path in folder.iterdir()]
 
     def assert_nothing_left(self) -> None:
         assert self.mounted() == {}
         assert self.targets_mounted() == []
         assert self.loops() == []
-        assert self.stored() == [], self.stored()
+        found = _at_last(self._on_storage)
+        assert found == [], found
         assert list((self.state / "mounts").iterdir()) == []
         assert self.api.get("volumes")["volumes"] == []
         assert self.bindings() == []
-        ends = time.monotonic() + 30  # a container that is gone may be seen for a moment more
-        while (found := self.api.get("doctor")) and time.monotonic() < ends:
-            time.sleep(0.2)
+        found = _at_last(lambda: self.api.get("doctor"))
         assert found == [], found
 
     def clean_up(self) -> None:
@@ -246,6 +247,14 @@ def running_volumed(folder: Path, **options: Any) -> Iterator[Volumed]:
         yield volumed
     finally:
         volumed.clean_up()
+
+
+def _at_last(look: Callable[[], Any]) -> Any:
+    """What it finds when it has had its time: a file of a probe, or a container that is gone, is seen for a moment."""
+    ends = time.monotonic() + 30
+    while (found := look()) and time.monotonic() < ends:
+        time.sleep(0.2)
+    return found
 
 
 def _answers(path: Path) -> bool:

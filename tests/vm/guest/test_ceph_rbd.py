@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import sh
-from tests.harness.processes import command_lines
+from tests.harness.processes import pids_with
 from volumed.driver import VolumeSpec, Worker
 from volumed.host.linux import LinuxHost
 from volumed.model import Handle, VolumeMode, new_volume_id
@@ -74,7 +74,7 @@ def test_the_key_is_nowhere_to_be_read() -> None:
     key = KEY.read_text().strip()
     for root in ("/sys/bus/rbd/devices", "/run/volumed"):
         assert subprocess.run(["grep", "-rqF", key, root], check=False).returncode != 0, root
-    assert not any(key.encode() in line for line in command_lines().values())
+    assert pids_with(key) == []
     assert device.is_block_device()
 
 
