@@ -111,30 +111,39 @@ class ImageDriver(
         assert isinstance(options, ImageOptions)
         self._options = options
         self._path = options.path
-        self._reflink = False
+        self._reflink: bool | None = None  # None: its disk has been too full to tell
 
     def probe(self) -> Probe:
         make_folder(self._path, mode=0o700, backend=self.backend)
         with contextlib.suppress(CapacityExhausted):  # what a full disk could do before it could do now
             self._reflink = self._can_reflink(self._path)
         reason = f"{self._path} cannot share data between files (XFS and btrfs can)"
+        if self._reflink is None:
+            reason = f"{self._path} is full: whether it can share data between files will be tried when it has room"
         live = (Capability.SNAPSHOT_LIVE, Capability.CLONE_LIVE, Capability.NATIVE_COPY)
+        reflink = {True: "yes", False: "no", None: "not known: the disk is full"}[self._reflink]
         return Probe(
             lacking={} if self._reflink else dict.fromkeys(live, reason),
-            facts={"path": str(self._path), "reflink": "yes" if self._reflink else "no"},
+            facts={"path": str(self._path), "reflink": reflink},
         )
 
     def _can_reflink(self, origin: Path) -> bool:
         """From that folder into ours. Tried, not guessed from the file system's name; with files that hold nothing, as
         the disk may be full. Names of this very look: two may be made at once. Raises CapacityExhausted where not even
-        such files can be made."""
+        such files can be made, NotSupported where the other folder takes none: its data can go by other ways."""
         source, target = origin / f".probe-{uuid4().hex}", self._path / f".probe-{uuid4().hex}"
+        folder = origin
         try:
             source.touch()
+            folder = self._path
             self.host.reflink(source, target)
         except NotSupported:
             return False
         except OSError as error:
+            if folder != self._path:
+                raise NotSupported(
+                    f"whether it shares data with {self._path} cannot be tried: {error.strerror}", subject=str(folder)
+                ) from None
             if error.errno in _FULL:
                 raise self._full() from None
             raise BackendUnavailable(

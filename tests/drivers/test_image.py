@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import MakeFilesystem, fill_disk, sh, wait_until
 from volumed.driver import Capability, Driver, VolumeSpec
-from volumed.errors import CapacityExhausted, OutOfRange
+from volumed.errors import CapacityExhausted, NotSupported, OutOfRange
 from volumed.host.linux import LinuxHost
 from volumed.model import VolumeId, VolumeMode, new_snapshot_id, new_volume_id
 from volumed.testing.conformance import DriverConformance, MakeDriver
@@ -98,17 +98,53 @@ def test_a_full_disk_is_no_reason_to_call_the_backend_dead(make_filesystem: Make
     driver.create(spec(16 * MIB))
 
 
-def test_a_disk_without_room_for_one_more_file(make_filesystem: MakeFilesystem) -> None:
-    path = make_filesystem("ext4", size=16 * MIB)
-    driver = make(path)
+def use_up_files(folder: Path) -> None:
     with pytest.raises(OSError, match="No space"):
         for number in range(10**6):
-            (path / str(number)).touch()
+            (folder / str(number)).touch()
+
+
+def test_a_disk_without_room_for_one_more_file(make_filesystem: MakeFilesystem, tmp_path: Path) -> None:
+    path = make_filesystem("ext4", size=16 * MIB)
+    driver = make(path)
+    use_up_files(path)
     driver.probe()
     with pytest.raises(CapacityExhausted, match="backend files: there is no room for"):
         driver.create(spec(4 * MIB))
+    beside = make(tmp_path / "beside")
     with pytest.raises(CapacityExhausted, match=f"backend files: {path} is full"):
-        driver.way_from(driver)
+        driver.way_from(beside)
+    with pytest.raises(NotSupported, match=f"{path}: whether it shares data with .*beside cannot be tried: No space"):
+        beside.way_from(driver)  # by other ways what is there can still leave it
+
+
+def test_a_daemon_that_starts_on_a_disk_without_room_for_one_more_file(make_filesystem: MakeFilesystem) -> None:
+    """Full is not unable."""
+    path = make_filesystem("xfs")
+    filler = fill_disk(path)
+    use_up_files(path)
+    driver = ImageDriver("files", ImageOptions(path=path), LinuxHost())
+    reasons = set(driver.probe().lacking.values())
+    assert reasons == {f"{path} is full: whether it can share data between files will be tried when it has room"}
+    filler.unlink()
+    assert driver.probe().lacking == {}
+
+
+def test_a_snapshot_that_finds_no_room_says_so(make_filesystem: MakeFilesystem) -> None:
+    """It takes none for its data, but for where that lies, and that is in many places."""
+    path = make_filesystem("xfs")
+    driver = make(path)
+    handle = driver.create(spec(256 * MIB)).handle
+    with (path / f"{handle}.img").open("r+b", buffering=0) as image:
+        for place in range(0, 256 * MIB, 8192):
+            os.pwrite(image.fileno(), b"data", place)
+        os.fsync(image.fileno())
+    with fill_disk(path).open("r+b") as filler:
+        filler.truncate(filler.seek(0, os.SEEK_END) - 256 * 1024)  # enough for one more file
+    (path / "one more").touch()
+    with pytest.raises(CapacityExhausted, match=f"backend files: there is no room for {256 * MIB} bytes in {path}"):
+        driver.snapshot(handle, new_snapshot_id())
+    assert list(driver.list_snapshots()) == []
 
 
 @pytest.mark.parametrize("size", [1, 4095, 2**63 - 1, 17 * 2**40])

@@ -300,4 +300,5 @@ class Host(ABC):
 
     @abstractmethod
     def reflink(self, source: Path, target: Path) -> None:
-        """Make `target`, a new file, share the data of `source` (FICLONE). Raises NotSupported where it cannot."""
+        """Make `target`, a new file, share the data of `source` (FICLONE). Raises NotSupported where it cannot,
+        and OSError: the disk may be full."""

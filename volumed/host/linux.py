@@ -194,10 +194,10 @@ class LinuxHost(Host):
                 fcntl.ioctl(copy, FICLONE, origin.fileno())
             except OSError as error:
                 target.unlink()
-                if error.errno in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL):
-                    raise NotSupported(
-                        "this file system cannot share data between files",
-                        subject=str(source.parent),
-                        hint="XFS and btrfs can",
-                    ) from None
-                raise HostError(f"cannot be shared: {error.strerror}", subject=str(source)) from None
+                if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL):
+                    raise
+                raise NotSupported(
+                    "this file system cannot share data between files",
+                    subject=str(source.parent),
+                    hint="XFS and btrfs can",
+                ) from None
