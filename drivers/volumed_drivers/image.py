@@ -162,18 +162,18 @@ class ImageDriver(
         size = self._aligned(spec.size)
         image = self._image(Handle(spec.id))
         if not image.exists():
+            new = _new(image)
             with self._explained(size):
                 if self.capacity().available < ALIGNMENT:  # the file takes no space, but nothing could be written to it
                     raise self._full()
-            new = _new(image)
-            with self._explained(size), new.open("wb") as made:
-                os.fchmod(made.fileno(), 0o600)
-                write_mark(made.fileno(), spec.mark)
-                if self._preallocates(spec):
-                    os.posix_fallocate(made.fileno(), 0, size)
-                made.truncate(size)
-                crash.point("image.create.new")
-                os.fsync(made.fileno())
+                with new.open("wb") as made:
+                    os.fchmod(made.fileno(), 0o600)
+                    write_mark(made.fileno(), spec.mark)
+                    if self._preallocates(spec):
+                        os.posix_fallocate(made.fileno(), 0, size)
+                    made.truncate(size)
+                    crash.point("image.create.new")
+                    os.fsync(made.fileno())
             self._publish(new, image)
         return CreatedVolume(Handle(spec.id), image.stat().st_size)
 
