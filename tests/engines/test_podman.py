@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +14,9 @@ from tests.engines.conftest import plugin_socket
 from tests.harness.podman import Podman, podman_with
 from tests.harness.processes import pids_with
 from tests.harness.volumed import Volumed, running_volumed
+from volumed.core.consumers.podman import PodmanSource
+from volumed.host.linux import LinuxHost
+from volumed.host.run import ENVIRONMENT
 
 pytestmark = [pytest.mark.root, pytest.mark.engine]
 
@@ -102,6 +108,29 @@ def test_what_watches_podman_ends_with_a_daemon_that_is_killed(podman: Podman, v
     finally:
         volumed.start()
     wait_until(lambda: len(watchers(podman)) == 1, timeout=60)
+
+
+def test_it_is_watched_with_no_other_program_beside_it(
+    podman: Podman, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = shutil.which("podman")
+    assert found is not None
+    (tmp_path / "podman").symlink_to(found)
+    monkeypatch.setitem(ENVIRONMENT, "PATH", str(tmp_path))
+    heard, stop = threading.Event(), threading.Event()
+    source = PodmanSource(LinuxHost(), "podman", arguments=podman.arguments, driver_names=frozenset())
+    watching = threading.Thread(target=source.watch, args=(heard.set, stop))
+
+    def is_heard() -> bool:
+        podman("run", "--rm", "--net=none", "busybox", "true")
+        return heard.wait(1)
+
+    watching.start()
+    try:
+        wait_until(is_heard, timeout=60)
+    finally:
+        stop.set()
+        watching.join()
 
 
 def test_a_container_that_crashed(podman: Podman, volumed: Volumed) -> None:

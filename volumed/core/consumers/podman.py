@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,8 +22,13 @@ _log = logging.getLogger(__name__)
 ALIVE = frozenset({"running", "paused", "stopping"})
 TIMEOUT = 30.0
 # Or it would outlive a daemon that is killed. The kernel counts the thread that started a child as its parent: ours
-# lasts as long as the child is read.
-_ENDS_WITH_US = ("setpriv", "--pdeathsig", "KILL")
+# lasts as long as the child is read. Not by setpriv(1), which is not everywhere.
+_PR_SET_PDEATHSIG = 1
+_END_WITH_US = f"""
+import ctypes, os, sys
+ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {signal.SIGKILL:d})
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 LONGEST_PAUSE = 60.0
 
 
@@ -66,10 +73,10 @@ class PodmanSource(ConsumerSource):
             pause = min(pause * 2, LONGEST_PAUSE)
 
     def _follow(self, changed: Callable[[], None], stop: threading.Event) -> bool:
-        argv = [*_ENDS_WITH_US, *self._argv, "events", "--filter", "type=container", "--format", "{{.Status}}"]
+        events = [*self._argv, "events", "--filter", "type=container", "--format", "{{.Status}}"]
         heard = False
         with subprocess.Popen(
-            argv,
+            [sys.executable, "-I", "-S", "-c", _END_WITH_US, *events],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
