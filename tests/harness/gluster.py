@@ -74,8 +74,9 @@ class Gluster:
         assert told.returncode == 0, f"gluster {words}: {told.stdout}{told.stderr}"
         return told.stdout
 
-    def make_volume(self, name: str, *, quota: bool = False) -> None:
-        brick = self.folder / "bricks" / name
+    def make_volume(self, name: str, *, quota: bool = False, brick: Path | None = None) -> None:
+        """`brick`: the folder that holds it, on a file system of its own."""
+        brick = brick or self.folder / "bricks" / name
         self.ctl("volume", "create", name, f"{self.address}:{brick}", "force")
         self.ctl("volume", "start", name)
         if quota:

@@ -20,6 +20,7 @@ from volumed.core.names import check_name
 from volumed.errors import AlreadyExists, InUse, InvalidRequest, NotFound, OperationPending, VolumedError
 from volumed.migration import losses
 from volumed.migration.copying import Copying, check_replaceable, failed, path_of, workdir_of
+from volumed.migration.explaining import explained
 from volumed.migration.inspection import Inspection
 from volumed.migration.movers.mover import Control, Stopped
 from volumed.migration.planner import Wish
@@ -298,6 +299,7 @@ class Copies:
         except Stopped as error:
             self._fail(copy, error)
         except VolumedError as error:
+            error = self._explained(copy, error)
             _log.warning("%s of %s: %s", copy.kind, copy.volume_name, error, extra={"volume": copy.volume_name})
             self._fail(copy, error)
         except Exception as error:
@@ -307,6 +309,10 @@ class Copies:
             self._clear_quietly(self._repository.copy(copy.id))
             with self._guard:
                 del self._running[copy.id]
+
+    def _explained(self, copy: Copy, error: VolumedError) -> VolumedError:
+        target = self._core.backends.get(copy.target.backend)
+        return explained(error, target, volume_name=copy.volume_name)
 
     def _fail(self, copy: Copy, error: VolumedError) -> None:
         current = self._repository.copy(copy.id)

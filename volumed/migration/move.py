@@ -14,16 +14,15 @@ from datetime import timedelta
 from typing import NamedTuple, Protocol
 
 from volumed.core.core import Core
-from volumed.driver import Driver, SupportsCapacity
+from volumed.driver import Driver
 from volumed.errors import (
-    CapacityExhausted,
-    HostError,
     IntegrityError,
     InUse,
     PreconditionFailed,
     VolumedError,
 )
 from volumed.migration import losses
+from volumed.migration.explaining import explained
 from volumed.migration.movers.block import BlockMover
 from volumed.migration.movers.mover import Control, Mover, Round, Writers
 from volumed.migration.movers.tree import TreeMover
@@ -37,7 +36,6 @@ from volumed.testing import crash
 _log = logging.getLogger(__name__)
 # Of a volume that is in use and whose users are not to be stopped: how often it is looked whether they are gone.
 WAITING = 1.0
-NEARLY_NOTHING = 1 << 20
 # Seconds for which an engine that refuses to let containers go on is asked again.
 LETTING_GO = 30.0
 # Rounds after which what is left will not become less.
@@ -381,14 +379,5 @@ class Move:
             self._mover = None
 
     def explained(self, error: VolumedError) -> VolumedError:
-        """On storage that is full a sparse device fails with an I/O error, and knows nothing better to say."""
-        if not isinstance(error, HostError):
-            return error
-        backend = self._core.backends.get(self.migration.target.backend)
-        with contextlib.suppress(VolumedError):
-            driver = backend.driver
-            if isinstance(driver, SupportsCapacity) and backend.call(driver.capacity).available < NEARLY_NOTHING:
-                return CapacityExhausted(
-                    f"is full: {error.text}", subject=f"backend {backend.name}", hint="free some space there"
-                )
-        return error
+        target = self._core.backends.get(self.migration.target.backend)
+        return explained(error, target, volume_name=self.migration.volume_name)

@@ -320,5 +320,5 @@ def _named(number: int, chunks: Chunks) -> str:
 def _explained(error: OSError, number: int) -> Exception:
     where = f"at byte {number * CHUNK}"
     if error.errno in _FULL:
-        return CapacityExhausted(f"the target is full {where}", hint="free some space there, and move it again")
+        return CapacityExhausted(f"is full {where}", hint="free some space there, and move it again")
     return HostError(f"{error.strerror} {where}")

@@ -39,9 +39,7 @@ class Child:
         self._target = _tree(target, losses)._replace(filled=filled)
         self._pool = Pool(self._source, self._target, workers=workers)
         self._manifest = Manifest(Path(workdir) / "tree.db")
-        self._rounds = Rounds(
-            self._source, self._target, self._manifest, self._pool, self._tick, remote=not is_local(source)
-        )
+        self._rounds = Rounds(self._source, self._target, self._manifest, self._pool, self._tick)
         self._tracker: Tracker | None = None
         self._orders: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._rate = 0
@@ -168,7 +166,7 @@ class Child:
 def _tree(path: str, losses: frozenset[str]) -> Tree:
     root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     found = posix.get_flags(root)
-    return Tree(root, project=found[1] if found else 0, losses=losses)
+    return Tree(root, project=found[1] if found else 0, losses=losses, remote=not is_local(path))
 
 
 def _say(answer: dict[str, Any]) -> None:

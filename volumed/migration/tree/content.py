@@ -6,6 +6,8 @@ Digests are of chunks of 1 MiB, so a large file that changed in one place costs 
 from __future__ import annotations
 
 import errno
+import fcntl
+import mmap
 import os
 from collections.abc import Callable, Iterator
 
@@ -15,7 +17,9 @@ from volumed.migration.tree import posix
 
 CHUNK = 1 << 20
 DIGEST = 32
+READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOATIME | os.O_CLOEXEC
 _BLOCK = 512  # of st_blocks
+_SECTOR = 4096  # what direct I/O counts in, at most
 _NOTHING = bytes(CHUNK)
 HOLE = bytes(DIGEST)  # instead of the digest of a chunk of zeros, be they stored or not
 
@@ -85,7 +89,7 @@ def digests(source: int, found: os.stat_result, gate: Gate) -> bytes:
                 told.append(HOLE)
                 continue
         gate(length)
-        data = os.pread(source, length, offset)
+        data = _pread(source, length, offset)
         if len(data) < length:
             raise Torn
         told.append(_chunk_digest(data))
@@ -160,8 +164,21 @@ def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
         done = os.pwrite(descriptor, data, offset)
 
 
+def open_cold(folder: int, name: str, *, remote: bool) -> int:
+    """To be read from its storage, be it past a cache that lies in a client and not in the kernel (ceph-fuse)."""
+    if remote:
+        try:
+            return os.open(name, READ | os.O_DIRECT, dir_fd=folder)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+    return os.open(name, READ, dir_fd=folder)
+
+
 def drop_cache(descriptor: int, size: int) -> None:
     """What is read next comes from storage; pages that are not on storage yet stay, so sync first."""
+    if _is_direct(descriptor):
+        return
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     if size:
         os.posix_fadvise(descriptor, 0, min(size, CHUNK), os.POSIX_FADV_WILLNEED)
@@ -182,10 +199,29 @@ def first_difference(target: int, size: int, chunks: bytes, changed: bytes | Non
                 continue
         length = min(CHUNK, size - offset)
         gate(length)
-        data = os.pread(target, length, offset)
+        data = _pread(target, length, offset)
         if len(data) != length or _chunk_digest(data) != expected:
             return offset
     return None
+
+
+def _is_direct(descriptor: int) -> bool:
+    return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
+
+
+def _pread(descriptor: int, length: int, offset: int) -> bytes:
+    """As os.pread, of at most a chunk; and as direct I/O wants it, in whole sectors to the address of one."""
+    if not _is_direct(descriptor):
+        return os.pread(descriptor, length, offset)
+    done, wanted = 0, -(-length // _SECTOR) * _SECTOR
+    with mmap.mmap(-1, CHUNK) as buffer:
+        while done < length:
+            with memoryview(buffer) as view:
+                got = os.preadv(descriptor, [view[done:wanted]], offset + done)
+            if got == 0:
+                break
+            done += got
+        return buffer[: min(done, length)]
 
 
 def pack(numbers: list[int]) -> bytes:

@@ -54,12 +54,14 @@ class Entry(NamedTuple):
 
 class Tree(NamedTuple):
     """One side. `losses`: what the target cannot hold and the operator does without. `filled`: of a target, which had a
-    copy of the source before anything was copied to it."""
+    copy of the source before anything was copied to it. `remote`: a server's, whose client may have a cache of its
+    own."""
 
     root: int
     project: int = 0  # of its root: the volume's own, for its quota
     losses: frozenset[str] = frozenset()
     filled: bool = False
+    remote: bool = False
 
 
 def inode_of(found: os.stat_result) -> int:

@@ -13,7 +13,6 @@ from volumed.migration.tree.manifest import Manifest
 from volumed.migration.tree.worker import Failure, Worker, joined
 
 BATCH = 128  # names in a job
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOATIME | os.O_CLOEXEC
 
 
 def walk(root: int) -> Iterator[list[tuple[str, list[str]]]]:
@@ -74,7 +73,7 @@ class Reader(Worker):
         if not stat.S_ISREG(found.st_mode):
             about = entries.read_about(self._source, Spot(folder, name, None), found.st_mode)
             return entries.describe(full, found, about.packed(), looked=0)
-        opened = os.open(name, _READ, dir_fd=folder)
+        opened = content.open_cold(folder, name, remote=self._source.remote)
         try:
             found = os.fstat(opened)
             about = entries.read_about(self._source, Spot(folder, name, opened), found.st_mode)

@@ -73,11 +73,8 @@ class Rounds:
         manifest: Manifest,
         pool: Pool,
         tick: Callable[[Rounds], None],
-        *,
-        remote: bool,
     ) -> None:
-        """`tick`: see `Pool.run`. `remote`: the source's times are a server's."""
-        self._remote = remote
+        """`tick`: see `Pool.run`."""
         self._source, self._target, self._manifest, self._pool = source, target, manifest, pool
         self._tick = tick
         self._committed = time.monotonic()
@@ -103,7 +100,7 @@ class Rounds:
         self._after_cut = self._manifest.begin_round()
         self._pool.tell_each(("forget_folders", None))
         if walk:
-            if self._remote:  # a server learns of stores, and gives them a time, when they are sent
+            if self._source.remote:  # a server learns of stores, and gives them a time, when they are sent
                 posix.sync_filesystem(self._source.root)
             self._run("copy", self._batches(self._walk(""), forced=False))
         if not (walk and self._seeding):  # all was copied just now

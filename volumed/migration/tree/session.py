@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from volumed.errors import CapacityExhausted, HostError
+from volumed.errors import BackendUnavailable, CapacityExhausted, HostError
 from volumed.host.run import ENVIRONMENT
 from volumed.migration.movers.mover import Control, Stopped
 
@@ -25,13 +25,14 @@ PATIENCE = 30.0
 # A killed process that waits for storage ends when the kernel lets it: longer is not waited.
 LINGER = 5.0
 _LINE = 1 << 16
+# Of a server that is not there now. A mount that it has forgotten is made anew by whoever opens the place again.
+_AWAY = (errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ESHUTDOWN, errno.ESTALE)
 # More than there may be cores: each waits for storage at times, when it opens what is in no cache.
 _LEAST_WORKERS, _MOST_WORKERS = 4, 8
 
 
 class Session:
     def __init__(self, source: Path, target: Path, workdir: Path, *, losses: Iterable[str], filled: bool) -> None:
-        self._target = target
         workdir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._errors = (workdir / "tree.log").open("ab")
         self._process = subprocess.Popen(
@@ -73,7 +74,7 @@ class Session:
             self._process.returncode = -signal.SIGKILL  # the kernel holds it: nobody waits for it
 
     def order(self, what: str, control: Control, **arguments: object) -> Any:
-        """What the child answers. Raises Stopped, CapacityExhausted, HostError naming the path."""
+        """What the child answers. Raises Stopped, CapacityExhausted, BackendUnavailable, HostError, naming the path."""
         control.check()
         self._send({"do": what, "with": arguments})
         stopped = 0.0
@@ -105,10 +106,9 @@ class Session:
         path, number = answer["path"], answer["errno"]
         where = f" at {ascii(path)[1:-1]!r}" if path else ""
         if number in (errno.ENOSPC, errno.EDQUOT):
-            raise CapacityExhausted(
-                f"is full{where}", subject=str(self._target), hint="give the target more room, then go on"
-            )
-        raise HostError(f"the tree cannot be copied{where}: {answer['failed']}", subject=str(self._target))
+            raise CapacityExhausted(f"is full{where}", hint="free some space there, and begin it again")
+        text = f"the tree cannot be copied{where}: {answer['failed']}"
+        raise BackendUnavailable(text) if number in _AWAY else HostError(text)
 
     def _send(self, order: dict[str, Any]) -> None:
         assert self._process.stdin is not None

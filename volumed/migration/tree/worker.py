@@ -19,7 +19,6 @@ from volumed.migration.tree import content, entries, posix
 from volumed.migration.tree.content import Gate, Torn
 from volumed.migration.tree.entries import Entry, Spot, Tree
 
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOATIME | os.O_CLOEXEC
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _PATCH = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 _KEPT_OPEN = 64
@@ -360,7 +359,7 @@ class Worker:
                         folder = self._folder(self._target, path)
                         opened = None
                         if stat.S_ISREG(entry.mode):
-                            opened = os.open(name, _READ, dir_fd=folder)
+                            opened = content.open_cold(folder, name, remote=self._target.remote)
                             files.append(opened)
                             if entry.size:
                                 content.drop_cache(opened, entry.size)
@@ -407,7 +406,7 @@ def _open_source(folder: int, name: str, found: os.stat_result, files: _Files) -
     if not stat.S_ISREG(found.st_mode):
         return found, None
     try:
-        opened = os.open(name, _READ, dir_fd=folder)
+        opened = os.open(name, content.READ, dir_fd=folder)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):
             raise Torn from None
@@ -422,7 +421,7 @@ def _open_source(folder: int, name: str, found: os.stat_result, files: _Files) -
 
 
 def _locked(folder: int, name: str) -> int:
-    opened = os.open(name, _READ, dir_fd=folder)
+    opened = os.open(name, content.READ, dir_fd=folder)
     try:
         found = posix.get_flags(opened)
     finally:
@@ -431,7 +430,7 @@ def _locked(folder: int, name: str) -> int:
 
 
 def _lock(folder: int, name: str, flags: int) -> None:
-    opened = os.open(name, _READ, dir_fd=folder)
+    opened = os.open(name, content.READ, dir_fd=folder)
     try:
         posix.set_flags(opened, flags, None)
     finally:
