@@ -47,6 +47,21 @@ def test_an_orphan_snapshot(lab: Lab) -> None:
     assert lab.core.doctor.examine() == []
 
 
+def test_a_snapshot_that_is_gone_is_reported_but_not_while_its_volume_is_put_back(lab: Lab) -> None:
+    """Storage may tell nothing of a volume meanwhile."""
+    lab.create()
+    kept, gone = lab.core.snapshots.create("data", "kept"), lab.core.snapshots.create("data", "gone")
+    assert gone.handle
+    lab.driver().delete_snapshot(gone.handle)
+    assert [(finding.kind, finding.subject) for finding in lab.core.doctor.examine()] == [
+        ("missing-storage", "snapshot gone")
+    ]
+    lab.driver().fail("restore", BackendUnavailable("is away"))
+    with pytest.raises(BackendUnavailable):
+        lab.core.snapshots.restore("data", kept.name)
+    assert [finding.kind for finding in lab.core.doctor.examine()] == ["stuck-operation"]
+
+
 def test_storage_that_is_gone_is_reported_and_never_made_anew(lab: Lab) -> None:
     volume = lab.create()
     assert volume.handle

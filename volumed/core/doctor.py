@@ -230,7 +230,9 @@ class Doctor:
                 yield from self._attached(volume, backend, backend.driver)
 
     def _snapshots(self, backend: Backend, driver: SupportsSnapshots) -> Iterator[_Case]:
+        at_rest = self._at_rest()
         there = {found.snapshot_id: found for found in backend.call(lambda: list(driver.list_snapshots()))}
+        at_rest &= self._at_rest()
         known: dict[SnapshotId, Snapshot] = {}
         for snapshot in self._repository.snapshots():
             volume = self._repository.volume(snapshot.volume_id)
@@ -245,13 +247,17 @@ class Doctor:
         for snapshot_id in sorted(there.keys() - known.keys() - left_behind):
             yield self._orphan_snapshot(backend, driver, there[snapshot_id])
         for snapshot_id in sorted(known.keys() - there.keys()):
-            if known[snapshot_id].state is SnapshotState.READY:
+            if known[snapshot_id].state is SnapshotState.READY and known[snapshot_id].volume_id in at_rest:
                 yield _only_report(
                     "missing-storage",
                     f"snapshot {known[snapshot_id].name}",
                     f"backend {backend.name} has nothing of it any more",
                     "remove the snapshot",
                 )
+
+    def _at_rest(self) -> set[VolumeId]:
+        """Of one that is being put back to a snapshot, its storage may tell nothing meanwhile."""
+        return {volume.id for volume in self._repository.volumes() if volume.state is VolumeState.READY}
 
     def _attached(self, volume: Volume, backend: Backend, driver: SupportsAttach) -> Iterator[_Case]:
         """Who has the volume by the storage's word, beside the ledger's; not while somebody is changing it."""
