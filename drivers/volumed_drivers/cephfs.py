@@ -190,11 +190,21 @@ class CephFsDriver(
 
     def _volume_id(self, name: str) -> str:
         """Whose it is; empty: nobody's, or of one that was imported and is being put back to a snapshot: the manager
-        tells nothing of it until that is done. Its handle is its name all the same."""
+        tells nothing of it until it is filled. Its handle is its name all the same."""
         if _VOLUME_ID.fullmatch(name):
             return name
-        note = self._volumes.read_note(name)
+        note = self._volumes.read_note(name) or self._note_kept(name)
         return note.volume_id if note else ""
+
+    def _note_kept(self, name: str) -> Note | None:
+        """With a snapshot, of one that was filled from it and is not finished."""
+        found = self._volumes.look(name)
+        if found is None or found.state is not State.COMPLETE:
+            return None
+        for snapshot in filter(_SNAPSHOT_ID.fullmatch, self._volumes.snapshots(name)):
+            if note := self._volumes.read_snapshot_note(name, snapshot):
+                return note
+        return None
 
     def list(self) -> Iterable[Found]:
         for name in self._volumes.names():

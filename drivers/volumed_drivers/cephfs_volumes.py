@@ -121,9 +121,16 @@ class Subvolumes:
     # Snapshots
     def snapshots(self, name: str) -> list[str]:
         """Of one that is gone or in the making: none."""
-        with contextlib.suppress(NotFound):
+        try:
             return [each["name"] for each in self._ask_of("snapshot ls", name)]
-        return []
+        except NotFound:
+            return []
+        except BackendUnavailable:
+            raise
+        except BackendError:  # EAGAIN while it is being filled
+            if self.clone_state(name) in (State.PENDING, State.FAILED):
+                return []
+            raise
 
     def take_snapshot(self, name: str, snapshot: str) -> None:
         """There already is success."""

@@ -195,10 +195,12 @@ def test_a_copy_that_was_never_finished_leaves_nothing_on_its_source(
     driver.delete(source)
 
 
+@pytest.mark.parametrize("point", ["cephfs.restore.removed", "cephfs.restore.filled"])
 def test_one_that_was_imported_is_put_back_in_spite_of_a_crash(
-    driver: CephFsDriver, make_cephfs: MakeCephFs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    driver: CephFsDriver, make_cephfs: MakeCephFs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, point: str
 ) -> None:
-    """Its name is not its id, and a subvolume that has snapshots alone tells nobody its id."""
+    """Its name is not its id, and a subvolume that has snapshots alone tells nobody its id: nobody can have it even so,
+    and filled again it tells."""
     TestConformance().make_stranger(driver, "theirs")
     spec = VolumeSpec(new_volume_id(), 32 * MIB, VolumeMode.FILESYSTEM, driver.VolumeOptions(), {"name": "data"})
     handle = driver.adopt("theirs", spec).handle
@@ -209,7 +211,7 @@ def test_one_that_was_imported_is_put_back_in_spite_of_a_crash(
         (tree / "file").write_bytes(b"new")
 
     def kill(name: str) -> None:
-        if name == "cephfs.restore.removed":
+        if name == point:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
@@ -217,6 +219,11 @@ def test_one_that_was_imported_is_put_back_in_spite_of_a_crash(
         driver.restore(handle, snapshot)
     again = make_cephfs()
     assert list(again.importable()) == []
+    if point == "cephfs.restore.filled":
+        assert [(found.volume_id, found.whole) for found in again.list()] == [(spec.id, False)]
+        assert [found.handle for found in again.list_snapshots()] == [snapshot]
+        with pytest.raises(AlreadyExists, match=f"theirs: is volume {spec.id} already"):
+            again.adopt("theirs", spec._replace(id=new_volume_id()))
     again.restore(handle, snapshot)
     assert [(found.volume_id, found.mark) for found in again.list()] == [(spec.id, {"name": "data"})]
     assert again.find(spec.id) == handle
@@ -225,6 +232,32 @@ def test_one_that_was_imported_is_put_back_in_spite_of_a_crash(
         assert (tree / "file").read_bytes() == b"old"
     again.delete_snapshot(snapshot)
     again.delete(handle)
+
+
+def test_one_that_is_being_filled_stands_in_nobodys_way(
+    ceph: Ceph, driver: CephFsDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manager tells nothing of its snapshots meanwhile."""
+    handle, other = create(driver), create(driver)
+    snapshots = [driver.snapshot(each, new_snapshot_id()) for each in (handle, other)]
+    ceph.ceph("config", "set", "mgr", "mgr/volumes/snapshot_clone_delay", "5")
+
+    def kill(name: str) -> None:
+        if name == "cephfs.restore.begun":
+            raise KeyboardInterrupt
+
+    try:
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(crash, "point", kill)
+            driver.restore(handle, snapshots[0])
+        assert snapshots[1] in [found.handle for found in driver.list_snapshots()]
+        driver.delete_snapshot(snapshots[1])
+        driver.delete(other)
+        assert [(found.handle, found.whole) for found in driver.list()] == [(handle, False)]
+    finally:
+        ceph.ceph("config", "rm", "mgr", "mgr/volumes/snapshot_clone_delay")
+    driver.restore(handle, snapshots[0])
+    driver.delete_snapshot(snapshots[0])
 
 
 def test_what_is_nobodys_volume_is_not_deleted(driver: CephFsDriver) -> None:
