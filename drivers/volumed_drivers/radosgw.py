@@ -10,9 +10,15 @@ from http import HTTPStatus
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
-from volumed.errors import BackendError, NotFound, NotSupported
+from volumed.errors import BackendError, BackendUnavailable, NotFound, NotSupported
 from volumed.units import KIB
 from volumed_drivers.s3_client import READ_TIMEOUT, S3
+
+# Of a gateway with too much to do, or of a proxy before one that does not answer.
+_NOT_NOW = (
+    *(HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.BAD_GATEWAY),
+    *(HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT),
+)
 
 
 class Usage(NamedTuple):
@@ -28,12 +34,14 @@ class RadosGateway:
         self._subject = subject
 
     def check(self) -> None:
-        """Raises NotSupported, saying why no quota can be set."""
+        """Raises NotSupported, saying why no quota can be set; BackendUnavailable where that was not told."""
         status, body = self._ask("GET", {"bucket": "volumed-there-is-no-such-bucket", "stats": "true"})
         if status == HTTPStatus.NOT_FOUND and body.get("Code") == "NoSuchBucket":
             return  # in JSON: a server without this API speaks of a bucket `admin`, and in XML
         if status == HTTPStatus.FORBIDDEN and body:
             raise NotSupported("its user lacks the capability buckets=* at the RADOS Gateway", subject=self._subject)
+        if status in _NOT_NOW:
+            raise BackendUnavailable(f"asking the RADOS Gateway: status {status}", subject=self._subject)
         raise NotSupported("its server has no quotas for buckets", subject=self._subject)
 
     def usage(self, bucket: str) -> Usage:

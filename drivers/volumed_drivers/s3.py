@@ -32,7 +32,7 @@ from volumed.driver import (
     SupportsExpand,
     VolumeSpec,
 )
-from volumed.errors import CommandFailed, ConfigError, DeadlineExceeded, NotFound, NotSupported
+from volumed.errors import BackendError, CommandFailed, ConfigError, DeadlineExceeded, NotFound, NotSupported
 from volumed.model import Handle, VolumeId
 from volumed.testing import crash
 from volumed_drivers.fuse import FuseClient, check_options, client_name, write_private
@@ -116,6 +116,7 @@ class S3Driver(FilesystemDriver, SupportsExpand):
         self._s3 = S3(access, subject=self._subject)
         self._gateway = RadosGateway(self._s3, subject=self._subject)
         self._quota_user = ""  # empty: sizes are not enforced
+        self._no_quotas = ""  # why; empty as well: nobody has told yet
 
     def probe(self) -> Probe:
         self._check_options()
@@ -150,16 +151,18 @@ class S3Driver(FilesystemDriver, SupportsExpand):
             raise ConfigError("a prefix of buckets has no slash", subject=self._subject, hint="or name one bucket")
 
     def _look_for_quotas(self, user: str) -> str:
-        """Why there are none; empty when there are."""
-        self._quota_user = ""
+        """Why there are none; empty when there are. Without an answer what was known holds."""
         if self._options.endpoint is None:
             return "AWS has no quotas for buckets"
         try:
             self._gateway.check()
+            self._quota_user, self._no_quotas = user, ""
         except NotSupported as error:
-            return error.text
-        self._quota_user = user
-        return ""
+            self._quota_user, self._no_quotas = "", error.text
+        except BackendError as error:
+            if not self._quota_user and not self._no_quotas:
+                return f"the server did not answer whether it has quotas for buckets, and is asked again ({error.text})"
+        return self._no_quotas
 
     def _place(self, handle: str) -> tuple[str, str]:
         """Bucket, and what all keys of the volume begin with."""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import secrets
 import signal
+import socket
 import stat
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import ClassVar
 
@@ -39,7 +44,9 @@ from volumed.host.linux import LinuxHost
 from volumed.model import Handle, VolumeId, new_volume_id
 from volumed.testing.conformance import DriverConformance, MakeDriver
 from volumed.units import MIB
+from volumed_drivers.radosgw import RadosGateway
 from volumed_drivers.s3 import S3Driver, S3Options
+from volumed_drivers.s3_client import S3
 
 pytestmark = pytest.mark.root
 
@@ -222,6 +229,49 @@ def test_a_user_who_may_set_no_quotas_is_told_so(ceph: Ceph, gateway: tuple[str,
     with pytest.raises(NotSupported, match="advisory-size"):
         create(driver, MIB)
     assert list(driver.list()) == []
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[str]:
+    """A server that takes a request and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def overloaded() -> Iterator[str]:
+    class Overloaded(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(HTTPStatus.SERVICE_UNAVAILABLE)
+
+    with HTTPServer(("127.0.0.1", 0), Overloaded) as server:
+        serving = threading.Thread(target=server.serve_forever, args=(0.1,))
+        serving.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        serving.join()
+
+
+@pytest.mark.parametrize("unable", [silent, overloaded])
+def test_no_answer_is_no_proof_that_there_are_no_quotas(
+    unable: Callable[[], contextlib.AbstractContextManager[str]],
+    gateway: tuple[str, S3User],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = driver_of(real(tmp_path, gateway))
+    answers = driver._gateway
+    with unable() as endpoint, monkeypatch.context() as patched:
+        patched.setattr("volumed_drivers.radosgw.READ_TIMEOUT", 0.5)
+        no_answer = RadosGateway(S3(driver._s3.access._replace(endpoint=endpoint), subject="it"), subject="it")
+        driver._gateway = no_answer
+        assert "did not answer whether it has quotas" in driver.probe().lacking[Capability.SIZE]
+        driver._gateway = answers
+        wait_until(lambda: driver.probe().lacking == {})
+        driver._gateway = no_answer
+        assert driver.probe().lacking == {}
+    driver._gateway = answers
+    driver.delete(create(driver, MIB))
 
 
 def test_an_advisory_size_is_kept_and_grows(moto: Server, tmp_path: Path) -> None:
