@@ -369,6 +369,7 @@ class Migration(Record, frozen=True, kw_only=True, omit_defaults=True):
     snapshots: tuple[Snapshot, ...] = ()  # that stay behind at the source
     phases: tuple[tuple[MigrationPhase, datetime], ...] = ()  # when each was entered
     kept_until: datetime | None = None
+    untouched: bool = False  # past the commit point, and nobody was let to the new place: there is a way back by itself
     reclaiming: bool = False  # the old place may be half gone: there is no way back to it
     returns: MigrationId | None = None  # the move that this one undoes, carrying back what was written since
 
@@ -376,6 +377,13 @@ class Migration(Record, frozen=True, kw_only=True, omit_defaults=True):
     def carried_by(self) -> MovePath:
         """BLOCK or TREE."""
         return self.carrier or self.path
+
+    @property
+    def fell_back(self) -> bool:
+        """On the way back by itself from past the commit point. An undo, which a person asks for, was kept before."""
+        passed = {phase for phase, _ in self.phases}
+        back = self.phase is MigrationPhase.ABORTING
+        return back and MigrationPhase.CUTOVER in passed and MigrationPhase.KEPT not in passed
 
 
 class CopyKind(enum.StrEnum):

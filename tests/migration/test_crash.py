@@ -17,7 +17,10 @@ from tests.migration.conftest import Mover
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 # Passed on the way back, on the way to an undo, or only when containers are stopped.
-BACK = {"migrate.destroyed", "migrate.unmounted-for-rollback", "migrate.rolled-back", "migrate.planned-back"}
+BACK = {
+    *("migrate.destroyed", "migrate.unmounted-for-rollback", "migrate.rolled-back", "migrate.planned-back"),
+    "migrate.fell-back",  # tests/engines/test_gluster.py
+}
 HELD = {"migrate.planned-hold", "migrate.held"}
 ADVANCES = 7  # one for each phase from prepared to done
 FORTH = [

@@ -10,6 +10,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 
+from volumed.config import Settings
 from volumed.errors import HostError
 from volumed.host import priority
 from volumed.migration import move as moves
@@ -69,6 +70,8 @@ class Records:
 
 class Around:
     """Site and core at once."""
+
+    settings = Settings()
 
     def __init__(self) -> None:
         self.migration = MIGRATION

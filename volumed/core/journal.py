@@ -84,7 +84,8 @@ class Journal:
             raise InUse(
                 f"is being moved to backend {migration.target.backend}",
                 subject=f"volume {volume.name}",
-                hint=f"wait for it, or end it: volumectl migration abort {migration.id}",
+                hint=f"wait for it (volumectl migration follow {migration.id})"
+                + ("" if migration.phase.committed else f", or end it: volumectl migration abort {migration.id}"),
             )
         superseded = self._repository.operation(volume.id)
         operation = Operation(

@@ -22,7 +22,7 @@ from volumed.migration.planner import Plan, Wish
 from volumed.migration.progress import Progress, progress_of
 from volumed.migration.records import Records
 from volumed.migration.site import Site
-from volumed.migration.undo import Undo, refuse_second
+from volumed.migration.undo import Undo, moved_at, refuse_second
 from volumed.migration.verification import Verifications
 from volumed.model import Engine, Migration, MigrationPhase, MovePath, Volume, VolumeState, new_migration_id, now
 from volumed.testing import crash
@@ -52,6 +52,7 @@ class Migrations:
         self._running: dict[str, tuple[threading.Thread, Control]] = {}
         self._moves: dict[str, Move] = {}
         self._closing = threading.Event()
+        self._begun = now()
         self._node_room = threading.BoundedSemaphore(PER_NODE)
         self._backend_room = {backend.name: threading.BoundedSemaphore(PER_BACKEND) for backend in core.backends.all()}
 
@@ -198,9 +199,13 @@ class Migrations:
                 with self._core.repository.transaction() as transaction:
                     transaction.delete(held)
         for migration in known.values():
-            if migration.phase is MigrationPhase.CUTOVER and migration.node == self._core.node:
-                with contextlib.suppress(VolumedError), context.request(timeout=10.0):
+            if migration.node != self._core.node:
+                continue
+            with contextlib.suppress(VolumedError), context.request(timeout=10.0):
+                if migration.phase is MigrationPhase.CUTOVER:
                     Site(self._core, migration).show_new_place()
+                elif migration.fell_back:
+                    Site(self._core, migration).show_old_place()
 
     def start(self) -> None:
         """Go on with what was cut short."""
@@ -304,13 +309,18 @@ class Migrations:
         if migration.phase.ended:
             return False
         attempt = migration.attempt + 1
+        with contextlib.suppress(VolumedError):  # somebody is at it: looked at again
+            if self._overdue(migration) and self._undo.fall_back(migration, error):
+                return True
         to_the_end = migration.phase.committed or migration.phase is MigrationPhase.ABORTING
         _log.warning("move of %s: %s", migration.volume_name, error, extra={"volume": migration.volume_name})
         if to_the_end or (error.retry_after is not None and attempt <= MOST_ATTEMPTS):
             kept = migration.error if migration.phase is MigrationPhase.ABORTING and migration.error else str(error)
             if migration.phase.committed and migration.held:
                 there = migration.target.backend
-                kept = f"its containers are held until backend {there}, where it lies now, works: {error}"
+                limit = self._core.settings.operation_timeout
+                else_back = f", and go back after {limit:g} s" if migration.untouched else ""
+                kept = f"its containers are held until backend {there}, where it lies now, works{else_back}: {error}"
                 if migration.error != kept:
                     self._core.events.publish("migration.stranded", migration.volume_name, kept, level=logging.ERROR)
             self._records.change(migration_id, attempt=attempt, error=kept)
@@ -321,6 +331,13 @@ class Migrations:
         with contextlib.suppress(Stopped):
             self._records.advance(migration, MigrationPhase.ABORTING, error=str(error))
         return True
+
+    def _overdue(self, migration: Migration) -> bool:
+        """Whether the new place had its time to come up, while this daemon was there to see it."""
+        if migration.phase is not MigrationPhase.CUTOVER:
+            return False
+        since = max(moved_at(migration), self._begun)
+        return (now() - since).total_seconds() > self._core.settings.operation_timeout
 
     @contextlib.contextmanager
     def _room(self, migration: Migration, control: Control) -> Iterator[None]:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import NamedTuple, Protocol
 
+from volumed import context
 from volumed.core.core import Core
 from volumed.driver import Driver
 from volumed.errors import (
@@ -228,7 +229,7 @@ class Move:
             writers.hold(plan)
             crash.point("migrate.held")
             self._last_round(known)
-            self._site.show_new_place()
+            self._show_new_place()
             shown = True
         finally:
             # Past the commit point nobody goes on while the path shows the old place: `_go_over` lets them go.
@@ -303,6 +304,7 @@ class Move:
                 transaction.delete(snapshot)
             if held is not None:
                 transaction.delete(held)
+            transaction.calm(volume.id)
 
         kept_until = now() + timedelta(seconds=self.migration.keep_source)
         self._advance(
@@ -312,12 +314,24 @@ class Move:
             kept_until=kept_until,
             pause=round(pause, 3),
             error="",
+            untouched=self.migration.path is not MovePath.LIVE,  # whose users never stopped
         )
         crash.point("migrate.committed")
 
     # Past the commit point
+    def _patience(self) -> contextlib.AbstractContextManager[str]:
+        """For storage that hangs, while people wait."""
+        return context.request(context.request_id.get(), timeout=self._core.settings.operation_timeout)
+
+    def _show_new_place(self) -> None:
+        """From when it is written down that it was shown, whoever was held may go on there."""
+        with self._patience():
+            self._site.show_new_place()
+        if self.migration.untouched:
+            self.migration = self._records.change(self.migration.id, untouched=False)
+
     def _go_over(self) -> None:
-        self._site.show_new_place()
+        self._show_new_place()
         if self.migration.held:
             self._release_held(moved=True)
         self._site.take_source_away()
@@ -348,8 +362,14 @@ class Move:
     def _take_back(self) -> None:
         """The target goes; the source was never written to."""
         self._close()
-        self.let_go()
         core = self._core
+        if self.migration.fell_back:
+            with self._patience():
+                self._site.show_old_place()
+            if self.migration.held:
+                self._release_held(moved=True)  # whatever they see now, it will be the old place
+        else:
+            self.let_go()
         volume = core.repository.volume(self.migration.volume_id)
         if volume is not None:
             with core.locks.hold(volume.id):
@@ -368,7 +388,7 @@ class Move:
         place.forget()
 
     def _end_of_the_way_back(self) -> MigrationPhase:
-        if any(phase is MigrationPhase.CUTOVER for phase, _ in self.migration.phases):
+        if any(phase is MigrationPhase.KEPT for phase, _ in self.migration.phases):
             return MigrationPhase.ROLLED_BACK
         return MigrationPhase.FAILED if self.migration.error else MigrationPhase.ABORTED
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import datetime
 
 import msgspec
 
+from volumed import context
 from volumed.core.core import Core
 from volumed.core.mounts import describe_each
-from volumed.errors import InUse, PreconditionFailed
+from volumed.core.presence import handle_of
+from volumed.errors import InUse, PreconditionFailed, VolumedError
 from volumed.migration.places import at, place_of
 from volumed.migration.records import Records
 from volumed.model import Migration, MigrationPhase, MovePath, Volume, VolumeMode, VolumeState, new_migration_id, now
 from volumed.store.repository import Repository, Transaction
 from volumed.testing import crash
+
+_log = logging.getLogger(__name__)
+# Seconds for the old place to show that it works.
+ANSWERING = 10.0
 
 
 class Undo:
@@ -50,20 +57,63 @@ class Undo:
                     subject=f"volume {volume.name}",
                     hint="remove them first",
                 )
-            back = at(volume, migration.source)
-
-            def switch(transaction: Transaction) -> None:
-                transaction.put(back, previous=volume)
-                for snapshot in migration.snapshots:
-                    transaction.put(msgspec.structs.replace(snapshot, revision=0))
-
             with core.mounts.unmounted(volume, backend):
                 crash.point("migrate.unmounted-for-rollback")
-                undone = self._records.advance(
-                    migration, MigrationPhase.ABORTING, switch, snapshots=(), kept_until=None, error=""
-                )
+                undone = self._go_back(migration, volume, error="")
                 crash.point("migrate.rolled-back")
         return undone
+
+    def _go_back(self, migration: Migration, volume: Volume, *, error: str) -> Migration:
+        def switch(transaction: Transaction) -> None:
+            transaction.put(at(volume, migration.source), previous=volume)
+            for snapshot in migration.snapshots:
+                transaction.put(msgspec.structs.replace(snapshot, revision=0))
+
+        return self._records.advance(
+            migration,
+            MigrationPhase.ABORTING,
+            switch,
+            snapshots=(),
+            kept_until=None,
+            error=error,
+            untouched=False,
+        )
+
+    def fall_back(self, migration: Migration, error: VolumedError) -> bool:
+        """Past the commit point, of a move whose new place does not come up: as an abort before it, if nobody can have
+        written there and the old place works. Whether it was done."""
+        core, to, back = self._core, migration.target, migration.source
+        with core.locks.hold(migration.volume_id):
+            migration = self._records.get(migration.id)
+            volume = core.repository.volume(migration.volume_id)
+            if not migration.untouched or volume is None or volume.stored_as != to.stored_as:
+                return False
+            elsewhere = any(there.node != core.node for there in core.repository.attachments(volume.id))
+            if elsewhere or core.repository.disturbed(volume.id):
+                return False
+            if not self._works(at(volume, back)):
+                return False
+            text = f"backend {to.backend} failed after the switch to it and before anybody used it there: {error}"
+            self._go_back(migration, volume, error=text)
+        crash.point("migrate.fell-back")
+        core.events.publish(
+            "migration.fell-back",
+            migration.volume_name,
+            f"is on backend {back.backend} again: {text}",
+            level=logging.ERROR,
+            migration=migration.id,
+        )
+        return True
+
+    def _works(self, volume: Volume) -> bool:
+        backend = self._core.backends.get(volume.backend)
+        try:
+            with context.request(context.request_id.get(), timeout=ANSWERING):
+                backend.call(lambda: backend.driver.inspect(handle_of(volume)))
+        except VolumedError as error:
+            _log.warning("volume %s cannot go back to backend %s: %s", volume.name, backend.name, error)
+            return False
+        return True
 
     def carry_back(self, migration: Migration) -> Migration:
         """A move into what is the source still, which is not an undo any more once it began to be written."""

@@ -16,7 +16,7 @@
     history/<volume>/<until>/<mount id>            HistoricBinding
     stored/<id on its storage>                     the id of a volume that was moved there
     migrations/<id>                                Migration
-    migrating/<volume>                             the id of its move, up to the commit point
+    migrating/<volume>                             the id of its move, until somebody may be at the new place
     places/<id on storage>                         the id of the move that holds it: its target, later its source
     disturbed/<volume>                             somebody mounted it while it was copied as blocks
     copies/<id>                                    Copy
@@ -134,13 +134,16 @@ def _index(record: Record) -> dict[str, bytes]:
 
 
 def _migration_index(migration: Migration) -> dict[str, bytes]:
-    """One move per volume at a time, up to its commit point; and the place that is not the volume's, while it lasts."""
-    own = migration.id.encode()
+    """One move per volume at a time, until the new place counts for good; and the place that is not the volume's, while
+    it lasts."""
     if migration.phase.ended:
         return {}
-    if migration.phase.committed:
-        return {f"places/{migration.source.stored_as}": own}
-    return {f"migrating/{migration.volume_id}": own, f"places/{migration.target.stored_as}": own}
+    own = migration.id.encode()
+    other = migration.source if migration.phase.committed else migration.target
+    index = {f"places/{other.stored_as}": own}
+    if not migration.phase.committed or migration.untouched:
+        index[f"migrating/{migration.volume_id}"] = own
+    return index
 
 
 class Transaction:
@@ -179,6 +182,10 @@ class Transaction:
     def disturb(self, volume_id: VolumeId) -> None:
         """Whatever copies the volume's blocks must look at all of them again."""
         self.puts[f"disturbed/{volume_id}"] = b""
+
+    def calm(self, volume_id: VolumeId) -> None:
+        """Who comes from now on shows."""
+        self.deletes.append(f"disturbed/{volume_id}")
 
     def touch(self, volume_id: VolumeId, *, rewritten: bool = False) -> None:
         """Its blocks are not what they were, by volumed's own doing; `rewritten`: nor are its files."""
@@ -253,7 +260,7 @@ class Repository:
         return self._scan(Migration, "migrations/")
 
     def migration_of(self, volume_id: str) -> Migration | None:
-        """The one that the volume is in now, its commit point not passed."""
+        """The one that the volume is in now, until somebody may be at its new place."""
         entry = self.store.get(f"migrating/{volume_id}")
         return self.migration(entry.value.decode()) if entry else None
 

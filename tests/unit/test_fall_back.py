@@ -1,0 +1,133 @@
+"""A place that fails right after the commit point: the volume goes back by itself, if nobody can have written there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+
+from tests.unit.conftest import Lab
+from volumed.errors import BackendUnavailable, HostError
+from volumed.migration.move import Move
+from volumed.migration.movers.mover import Control
+from volumed.migration.places import OtherPlace, at, place_of
+from volumed.migration.records import Records
+from volumed.migration.site import Site
+from volumed.migration.undo import Undo
+from volumed.model import (
+    AccessMode,
+    Attachment,
+    Migration,
+    MigrationPhase,
+    MovePath,
+    Place,
+    Volume,
+    new_migration_id,
+    new_volume_id,
+    now,
+)
+
+DEAD = HostError("the server is gone")
+
+
+class Moved(NamedTuple):
+    """Just past its commit point, from backend `one` to `two`."""
+
+    lab: Lab
+    records: Records
+    move: Move
+
+    @property
+    def volume(self) -> Volume:
+        return self.lab.core.volumes.get("data")
+
+    def fall_back(self) -> bool:
+        return Undo(self.lab.core, self.records).fall_back(self.move.migration, DEAD)
+
+
+@pytest.fixture
+def moved(lab: Lab) -> Moved:
+    core, volume = lab.core, lab.create()
+    migration = Migration(
+        id=new_migration_id(),
+        volume_id=volume.id,
+        volume_name="data",
+        node=core.node,
+        phase=MigrationPhase.VERIFIED,
+        path=MovePath.TREE,
+        source=place_of(volume),
+        target=Place(backend="two", stored_as=new_volume_id()),
+        created=now(),
+        keep_source=3600.0,
+    )
+    records = Records(core.repository, core.locks, core.events)
+    made = OtherPlace(core, migration).make(at(volume, migration.target), blank=False)
+    records.begin(migration)
+    migration = records.change(migration.id, target=made)
+    move = Move(core, records, migration, Control(), lambda *_, **__: None)
+    move._commit(volume, pause=0.0)
+    return Moved(lab, records, move)
+
+
+def test_it_is_where_it_was(moved: Moved) -> None:
+    lab = moved.lab
+    assert moved.volume.backend == "two"
+    assert moved.fall_back()
+    assert moved.volume.backend == "one"
+    assert "migration.fell-back" in lab.events()
+    move = Move(lab.core, moved.records, moved.records.get("data"), Control(), lambda *_, **__: None)
+    move.run()
+    ended = moved.records.get("data")
+    assert ended.phase is MigrationPhase.FAILED
+    assert "backend two" in ended.error
+    assert "server is gone" in ended.error
+    assert lab.storages["two"].volumes == {}
+    lab.mount(moved.volume)
+    lab.unmount(moved.volume)
+    lab.core.volumes.remove("data")
+    lab.assert_nothing_left()
+
+
+def used(moved: Moved) -> None:
+    moved.lab.mount(moved.volume)
+    moved.lab.unmount(moved.volume)
+
+
+def shown(moved: Moved) -> None:
+    moved.records.change(moved.move.migration.id, untouched=False)
+
+
+def attached(moved: Moved) -> None:
+    with moved.lab.core.repository.transaction() as transaction:
+        transaction.put(
+            Attachment(volume_id=moved.volume.id, node="node-2", access=AccessMode.MULTI_NODE_MULTI_WRITER, since=now())
+        )
+
+
+def old_place_dead(moved: Moved) -> None:
+    moved.lab.driver("one").fail("inspect", BackendUnavailable("is gone as well"))
+
+
+@pytest.mark.parametrize("spoil", [used, shown, attached, old_place_dead])
+def test_it_stays_when_somebody_may_have_written_there(moved: Moved, spoil: Callable[[Moved], None]) -> None:
+    spoil(moved)
+    assert not moved.fall_back()
+    assert moved.volume.backend == "two"
+    assert moved.records.get("data").phase is MigrationPhase.CUTOVER
+
+
+def test_what_comes_up_too_late_is_taken_away(moved: Moved) -> None:
+    new = moved.volume
+    site = Site(moved.lab.core, moved.move.migration)
+    assert moved.fall_back()
+    site._establish(new, moved.lab.core.backends.get("two"))
+    assert moved.lab.mounted() == set()
+
+
+def test_until_it_is_shown_nothing_else_changes_the_volume(moved: Moved) -> None:
+    core = moved.lab.core
+    assert core.repository.migration_of(moved.volume.id) is not None
+    moved.move.run()
+    assert moved.records.get("data").phase is MigrationPhase.KEPT
+    assert core.repository.migration_of(moved.volume.id) is None
