@@ -216,10 +216,7 @@ class BtrfsDriver(
             raise
 
     def owns_mount(self, handle: Handle, target: Path) -> bool:
-        try:
-            return (self._path / handle).samefile(target)
-        except FileNotFoundError:
-            return False
+        return self.host.is_same(self._path / handle, target)
 
     def expand(self, handle: Handle, size: int) -> int:
         there = self.inspect(handle).size

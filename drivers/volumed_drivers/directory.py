@@ -208,10 +208,7 @@ class DirectoryDriver(FilesystemDriver, SupportsExpand, SupportsCapacity, Suppor
             ) from None
 
     def owns_mount(self, handle: Handle, target: Path) -> bool:
-        try:
-            return (self._path / handle / "data").samefile(target)
-        except FileNotFoundError:
-            return False
+        return self.host.is_same(self._path / handle / "data", target)
 
     def expand(self, handle: Handle, size: int) -> int:
         folder = self._path / handle

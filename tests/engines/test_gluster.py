@@ -1,4 +1,4 @@
-"""A container and a publication on Gluster; then the client that serves both is killed, and both go on."""
+"""Containers on Gluster: the client that serves them is killed, or their move meets a dead server when it switches."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 
 from tests.conftest import wait_until
 from tests.engines.conftest import plugin_socket
+from tests.engines.test_docker_moves import WRITER
 from tests.harness.csi import calling, capability
 from tests.harness.docker import Docker
 from tests.harness.gluster import Gluster, running_gluster
@@ -38,7 +39,15 @@ def gluster(folder: Path) -> Iterator[Gluster]:
 
 @pytest.fixture(scope="module")
 def volumed(docker: Docker, folder: Path, gluster: Gluster) -> Iterator[Volumed]:
-    table = f'[backends.shared]\ndriver = "gluster"\nservers = ["{gluster.address}"]\nvolume = "files"\n'
+    table = f'''
+[backends.shared]
+driver = "gluster"
+servers = ["{gluster.address}"]
+volume = "files"
+[backends.local]
+driver = "directory"
+path = "{folder}/local"
+'''
     with running_volumed(
         folder / "v",
         plugin_socket=plugin_socket("gluster"),
@@ -106,6 +115,51 @@ def test_both_outlive_the_daemon_and_the_client(docker: Docker, volumed: Volumed
     assert volumed.mounted() == {}
     assert volumed.targets_mounted() == []
     assert volumed.api.get("doctor") == []
+
+
+@pytest.mark.parametrize(("name", "point"), [("writer", "migrate.committed"), ("idle", "migrate.hidden")])
+def test_its_containers_go_back_when_the_new_place_dies_right_after_the_switch(
+    name: str, point: str, docker: Docker, volumed: Volumed, gluster: Gluster, plugin: str
+) -> None:
+    """An idle one was frozen, a busy one stopped. The daemon dies with the server, and once more on the way back."""
+    docker("volume", "create", "-d", plugin, "-o", "backend=local", "data")
+    script = WRITER if name == "writer" else "while true; do date +%s%N >> /data/log; sleep 0.1; done"
+    docker("run", "-d", "--name", name, "--stop-timeout", "2", "-v", "data:/data", "busybox", "sh", "-c", script)
+    wait_until(lambda: any(binding["consumers"] for binding in volumed.bindings()))
+    settings = volumed.config.read_text()
+    volumed.config.write_text(f'operation-timeout = "2s"\n{settings}')
+    volumed.stop()
+    volumed.start(env={"VOLUMED_CRASH_AT": point})
+    wait_until(lambda: any(binding["consumers"] for binding in volumed.bindings()))
+    begun = volumed.api.post("volumes", "data", "migrate", body={"backend": "shared"})
+    assert volumed.wait_end() == -9, volumed.log()[-3000:]
+    gluster.kill_brick("files")
+    try:
+        volumed.start(env={"VOLUMED_CRASH_AT": "migrate.fell-back"})
+        assert volumed.wait_end(timeout=120) == -9, volumed.log()[-3000:]
+        volumed.start()
+        wait_until(lambda: docker("ps", "-q", "--filter", "status=running"), timeout=60)
+        assert docker.inspect("data")["Status"]["backend"] == "local"
+        size = docker("exec", name, "wc", "-l", "/data/log")
+        wait_until(lambda: docker("exec", name, "wc", "-l", "/data/log") != size)
+        assert volumed.api.get("migrations", begun["id"])["phase"] == "aborting"
+    finally:
+        volumed.config.write_text(settings)
+        gluster.revive_brick("files")
+    *_, ended = volumed.api.lines("migrations", begun["id"], "follow")
+    assert ended["phase"] == "failed", ended
+    assert "backend shared failed after the switch" in ended["error"]
+    if name == "writer":
+        acknowledged = [int(line) for line in docker("logs", name).splitlines()]
+        there = docker("exec", name, "cat", "/data/log").split()
+        assert there == [str(number) for number in range(1, len(there) + 1)]
+        assert max(acknowledged) <= len(there)
+    docker("rm", "-f", name)
+    wait_until(lambda: volumed.bindings() == [])
+    docker("volume", "rm", "data")
+    wait_until(lambda: volumed.mounted() == {})
+    assert volumed.api.get("doctor") == []
+    assert list((gluster.folder / "bricks" / "files").glob("v*")) == []
 
 
 def read(path: Path) -> str:

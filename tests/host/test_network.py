@@ -50,6 +50,23 @@ def test_measuring_is_what_statvfs_tells(tmp_path: Path, host: LinuxHost) -> Non
     assert (found.total, found.inodes) == (room.f_blocks * room.f_frsize, room.f_files)
 
 
+def test_what_is_mounted_is_told_without_its_server(
+    server: Server, tree: Path, tmp_path: Path, host: LinuxHost
+) -> None:
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    folder.mkdir()
+    other.mkdir()
+    server.stop()
+    assert not host.is_same(folder, tree)
+    assert host.is_same(tree, tree)
+    host.bind(folder, other)
+    try:
+        assert host.is_same(folder, other)
+        assert not host.is_same(folder, tmp_path / "none")
+    finally:
+        host.unmount(other)
+
+
 def test_a_server_that_does_not_answer(server: Server, tree: Path, host: LinuxHost) -> None:
     server.stop()
     with pytest.raises(DeadlineExceeded, match=f"{tree}: its server does not answer"):

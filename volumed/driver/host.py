@@ -239,6 +239,11 @@ class Host(ABC):
         """Whether `path` is the root of a mount, bind mounts included; False when it does not exist."""
 
     @abstractmethod
+    def is_same(self, one: Path, other: Path) -> bool:
+        """Whether both are one file or folder; False when either does not exist. No server is asked: either may be
+        mounted from one that does not answer."""
+
+    @abstractmethod
     def mounts(self) -> Sequence[MountEntry]:
         """The mount table of this process's namespace; read again only after it changed."""
 

@@ -63,6 +63,9 @@ class LinuxHost(Host):
     def is_mountpoint(self, path: Path) -> bool:
         return mounts.is_mountpoint(path)
 
+    def is_same(self, one: Path, other: Path) -> bool:
+        return mounts.is_same(one, other)
+
     def mounts(self) -> Sequence[MountEntry]:
         return self._table.entries()
 

@@ -56,7 +56,7 @@ _DEFAULTS = frozenset({"rw", "suid", "dev", "exec", "async", "atime", "diratime"
 _AT_FDCWD, _AT_SYMLINK_NOFOLLOW, _AT_STATX_DONT_SYNC = -100, 0x100, 0x4000
 _AT_NO_AUTOMOUNT = 0x800
 _STATX_ATTR_MOUNT_ROOT = 0x2000
-_STATX_SIZE, _ATTRIBUTES, _MODE, _DEVICE_MAJOR = 256, 8, 28, 136
+_STATX_SIZE, _ATTRIBUTES, _MODE, _INODE, _DEVICE_MAJOR = 256, 8, 28, 32, 136
 # Behind a server, or a process: whoever unmounts the last of these may have to wait for it.
 _SERVED = re.compile(r"nfs4?|cifs|smb3|ceph|9p|afs|fuse(\..*)?|fuseblk")
 
@@ -130,6 +130,17 @@ def is_mountpoint(path: Path) -> bool:
     if status is None:
         return False
     return bool(int.from_bytes(status[_ATTRIBUTES : _ATTRIBUTES + 8], "little") & _STATX_ATTR_MOUNT_ROOT)
+
+
+def is_same(one: Path, other: Path) -> bool:
+    """Whether both are there and one file or folder. Never asks a server: what it is told of one that lies behind a
+    server is what the kernel knows."""
+    first, second = _statx(one), _statx(other)
+    return first is not None and second is not None and _identity(first) == _identity(second)
+
+
+def _identity(status: bytes) -> tuple[bytes, bytes]:
+    return status[_DEVICE_MAJOR : _DEVICE_MAJOR + 8], status[_INODE : _INODE + 8]
 
 
 def file_type(path: Path) -> int:

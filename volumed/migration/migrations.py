@@ -201,11 +201,16 @@ class Migrations:
         for migration in known.values():
             if migration.node != self._core.node:
                 continue
-            with contextlib.suppress(VolumedError), context.request(timeout=10.0):
-                if migration.phase is MigrationPhase.CUTOVER:
-                    Site(self._core, migration).show_new_place()
-                elif migration.fell_back:
-                    Site(self._core, migration).show_old_place()
+            try:
+                with context.request(timeout=10.0):
+                    if migration.phase is MigrationPhase.CUTOVER:
+                        Site(self._core, migration).show_new_place()
+                    elif migration.fell_back:
+                        Site(self._core, migration).show_old_place()
+            except VolumedError as error:
+                _log.warning("volume %s is shown at its place later: %s", migration.volume_name, error)
+            except Exception:
+                _log.exception("volume %s is shown at its place later", migration.volume_name)
 
     def start(self) -> None:
         """Go on with what was cut short."""

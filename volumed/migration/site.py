@@ -170,8 +170,8 @@ class Site:
             )
 
     def show_new_place(self) -> None:
-        """At the volume's path on this node: what its record says now, and only if anybody holds it or is held still: it
-        must be seen to come up before they go on."""
+        """At the volume's path on this node: what its record says now, if anybody holds it, or is held still to go on
+        there."""
         with self.locked() as volume:
             source, target = source_and_target(self.migration, volume)
             self._show(target, instead_of=source, given_up=False)
@@ -218,11 +218,13 @@ class Site:
 
     def _establish(self, place: Volume, backend: Backend) -> None:
         """Storage that hangs may do it when nobody waits any more, and the volume lies elsewhere again."""
-        presence = self._core.mounts.presence
-        presence.establish(place, backend.driver)
+        presence, driver = self._core.mounts.presence, backend.driver
+        path = presence.establish(place, driver)
+        if isinstance(driver, FilesystemDriver) and driver.remote:
+            self._core.host.tree_status(path)  # that it could be mounted says little of its server
         current = self._core.repository.volume(place.id)
         if current is None or current.stored_as != place.stored_as:
-            presence.remove(place, backend.driver)
+            presence.remove(place, driver)
 
     def lead(self, place: Volume) -> float:
         """The volume's node to this place alone, if it is there at all; see `Layer.lead`. The caller holds the volume's

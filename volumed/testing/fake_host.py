@@ -146,6 +146,12 @@ class FakeHost(Host):
     def is_mountpoint(self, path: Path) -> bool:
         return path in self._table
 
+    def is_same(self, one: Path, other: Path) -> bool:
+        return self._seen_at(one) == self._seen_at(other)
+
+    def _seen_at(self, path: Path) -> Path:
+        return self.source_of(path) if path in self._table else path
+
     def mounts(self) -> Sequence[MountEntry]:
         return list(self._table.values())
 
