@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -109,6 +111,28 @@ def test_a_loop_device_that_is_held_is_not_freed(tmp_path: Path) -> None:
         loop.detach(device)
     loop.detach(device)
     assert loop.find(image) is None
+
+
+def test_a_loop_device_that_somebody_else_takes_at_once_was_freed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, other = tmp_path / "image", tmp_path / "other"
+    image.write_bytes(bytes(MIB))
+    other.write_bytes(bytes(MIB))
+    device = loop.attach(image, direct_io=False, readonly=False)
+    opened = loop._opened
+
+    @contextlib.contextmanager
+    def opened_and_taken(path: Path, *, readonly: bool = False) -> Iterator[int]:
+        with opened(path, readonly=readonly) as descriptor:
+            yield descriptor
+        monkeypatch.undo()
+        sh("losetup", device, other)
+
+    monkeypatch.setattr(loop, "_opened", opened_and_taken)
+    loop.detach(device)
+    assert loop.find(other) == device
+    loop.detach(device)
 
 
 # Freezing

@@ -155,8 +155,10 @@ def detach(device: Path) -> None:
     """Raises InUse while somebody has it open. Free, or gone, is success.
 
     The kernel clears a device that is open elsewhere only when it is closed there, and says that all is well
-    (LO_FLAGS_AUTOCLEAR); so it is looked at afterwards.
+    (LO_FLAGS_AUTOCLEAR); so it is looked at afterwards. By what it has: somebody else may take a free one at once.
     """
+    block = f"{_SYS_BLOCK}/{device.name}"
+    had = _backing_file(block)
     try:
         with _opened(device, readonly=True) as loop:
             fcntl.ioctl(loop, LOOP_CLR_FD)
@@ -170,7 +172,7 @@ def detach(device: Path) -> None:
     for inode in [inode for inode, known in list(_seen.items()) if known == device]:
         _seen.pop(inode, None)
     ends = time.monotonic() + 0.5  # udev opens a device for a moment when it changes
-    while Path(_SYS_BLOCK, device.name, "loop/backing_file").exists():
+    while had is not None and _backing_file(block) == had:
         if time.monotonic() > ends:
             raise InUse("is held by", holders=["a mount or a process that has it open"], subject=f"device {device}")
         time.sleep(0.005)
