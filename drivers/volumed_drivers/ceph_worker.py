@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import base64
 import errno
+import functools
 import importlib
 import json
 import os
-import select
 import sys
-import threading
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from volumed.answering import answer_all
 from volumed.errors import (
     AlreadyExists,
     BackendError,
@@ -192,32 +192,17 @@ def _describe(error: BaseException, connection: Connection) -> dict[str, Any]:
     }
 
 
-def _end_with_the_daemon() -> None:
-    """Also while a call hangs, and nobody reads."""
-    poll = select.poll()
-    poll.register(sys.stdin.fileno(), 0)  # POLLHUP alone, which needs no asking for
-    poll.poll()
-    os._exit(0)
-
-
-def main() -> None:
-    # What libraries print must not be taken for an answer.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    connection = Connection(json.loads(sys.stdin.readline()))
-    threading.Thread(target=_end_with_the_daemon, daemon=True).start()
-    print("{}", file=answers, flush=True)
-    for line in sys.stdin:
-        asked = json.loads(line)
-        module, _, name = asked["call"].partition(".")
-        try:
-            function = getattr(importlib.import_module(f"volumed_drivers.{module}"), name)
-            told = {"answer": function(connection, **asked["arguments"])}
-        except Exception as error:  # (whatever it is, whoever asked must know)
-            told = _describe(error, connection)
-        print(json.dumps(told), file=answers, flush=True)
-    os._exit(0)  # librados may wait for the cluster when it is taken down
+def _respond(connection: Connection, line: str) -> str:
+    asked = json.loads(line)
+    module, _, name = asked["call"].partition(".")
+    try:
+        function = getattr(importlib.import_module(f"volumed_drivers.{module}"), name)
+        told = {"answer": function(connection, **asked["arguments"])}
+    except Exception as error:  # (whatever it is, whoever asked must know)
+        told = _describe(error, connection)
+    return json.dumps(told)
 
 
 if __name__ == "__main__":
-    main()
+    hello = json.loads(sys.stdin.readline())
+    answer_all(functools.partial(_respond, Connection(hello)), greeting="{}")

@@ -22,7 +22,6 @@ from volumed import context
 from volumed.driver import Host, MountEntry, Options
 from volumed.errors import (
     BackendUnavailable,
-    CommandFailed,
     ConfigError,
     DeadlineExceeded,
     HostError,
@@ -160,18 +159,16 @@ class GlusterDriver(RemoteFolders):
             if word not in _PER_MOUNT:
                 raise MountFailed(f"a volume on Gluster cannot take the option {word!r}", subject=str(target))
         data = self._ready() / handle / "data"
-        flags = ",".join(["bind", *words, *(["ro"] if readonly else [])])
         try:
-            self.host.run(["mount", "-o", flags, "--", data, target], timeout=self._timeout)
+            self.host.bind_network(data, target, readonly=readonly, options=words, timeout=self._timeout)
         except DeadlineExceeded:
             raise self._silent() from None
-        except CommandFailed as error:
-            self.host.unmount_network(target)
-            if not self._exists(data):
+        except MountFailed as error:
+            if error.errno == errno.ENOENT and not self._there(data):
                 raise NotFound(
                     "its folder is gone", subject=f"backend {self.backend}", hint="is there a backup?"
                 ) from None
-            raise MountFailed(f"mounting failed: {error.stderr.strip() or error.text}", subject=str(target)) from None
+            raise
 
     def unmount(self, handle: Handle, target: Path) -> None:
         self.host.unmount_network(target)

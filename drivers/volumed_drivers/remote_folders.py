@@ -22,8 +22,9 @@ import threading
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
+from itertools import compress
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -39,6 +40,7 @@ from volumed.driver import (
     Probe,
     SupportsCapacity,
     SupportsExpand,
+    TreeCall,
     VolumeSpec,
 )
 from volumed.errors import (
@@ -144,7 +146,7 @@ class RemoteFolders(FilesystemDriver, SupportsExpand, SupportsCapacity):
             self._top.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._attach(self._top)
         if self._below:
-            self._do("mkdir", "-p", "-m", "0711", "--", self._root)
+            self._call("make_folder", self._root, 0o711)
         return self._root
 
     def _renew(self) -> None:
@@ -169,25 +171,25 @@ class RemoteFolders(FilesystemDriver, SupportsExpand, SupportsCapacity):
     def _root_fate(self) -> str:
         """What the server makes of root: a folder tells by its owner."""
         trial = self._root / f".trial-{os.urandom(4).hex()}"
-        self._do("mkdir", "--", trial)
-        owner = self._do("stat", "--format=%u", "--", trial).strip()
-        self._do("rmdir", "--", trial)
-        return "kept" if owner == "0" else f"squashed to uid {owner}: owners of files cannot be set"
+        self._call("make_folder", trial, 0o755)
+        owner = self._call("owner", trial)
+        self._call("rmdir", trial)
+        return "kept" if owner == 0 else f"squashed to uid {owner}: owners of files cannot be set"
 
     # Children that touch the tree
-    def _do(self, *argv: str | Path, stdin: str | None = None, timeout: float | None = None) -> str:
-        """What the command printed. A handle that the server has forgotten is renewed, once."""
+    def _call(self, name: TreeCall, *arguments: Path | str | int) -> Any:
+        """See `Host.tree_call`. A handle that the server has forgotten is renewed, once."""
         for last in (False, True):
             try:
-                return self.host.run(argv, stdin=stdin, timeout=timeout or self._timeout).stdout
+                return self.host.tree_call(name, *arguments, timeout=self._timeout)
             except DeadlineExceeded:
                 raise self._silent() from None
-            except CommandFailed as error:
-                reason = error.stderr.strip().rpartition(": ")[2]
+            except OSError as error:
+                reason = os.strerror(error.errno or 0)
                 if reason in _DEAD and not last:
                     self._renew()
                     continue
-                raise self._error(reason, error) from None
+                raise self._error(reason, f"{error.filename}: {reason}") from None
         raise AssertionError
 
     def _silent(self) -> DeadlineExceeded:
@@ -197,10 +199,10 @@ class RemoteFolders(FilesystemDriver, SupportsExpand, SupportsCapacity):
             hint="is the server up, and the network to it?",
         )
 
-    def _error(self, reason: str, error: CommandFailed) -> VolumedError:
+    def _error(self, reason: str, said: str) -> VolumedError:
         subject = f"backend {self.backend}"
         if reason in _GONE:
-            return NotFound(f"{self._server()}: {error.stderr.strip()}", subject=subject)
+            return NotFound(f"{self._server()}: {said}", subject=subject)
         if reason in _FULL:
             return CapacityExhausted(f"{self._server()} is full: {reason}", subject=subject, hint="free some space")
         if reason in _DENIED:
@@ -214,7 +216,7 @@ class RemoteFolders(FilesystemDriver, SupportsExpand, SupportsCapacity):
             return PermissionDenied(f"{self._server()} is read-only", subject=subject, hint="export it with rw")
         if reason in _DEAD:
             return BackendUnavailable(f"{self._server()}: {reason}", subject=subject)
-        return BackendError(f"{self._server()}: {error.stderr.strip() or error.text}", subject=subject)
+        return BackendError(f"{self._server()}: {said}", subject=subject)
 
     def _measure(self, path: Path) -> tuple[int, int, int]:
         """Bytes of the file system, or of the quota: total, used, available."""
@@ -246,14 +248,14 @@ class RemoteFolders(FilesystemDriver, SupportsExpand, SupportsCapacity):
             )
         root = self._ready()
         handle = Handle(spec.id)
-        if not self._exists(root / spec.id):
+        if not self._there(root / spec.id):
             new = root / f"{_NEW}{spec.id}"
-            self._do("mkdir", "-p", "-m", "0700", "--", new)
+            self._call("make_folder", new, 0o700)
             crash.point("folder.create.folder")
-            self._do("mkdir", "-p", "-m", "0755", "--", new / "data")
-            self._do("dd", "status=none", f"of={new / 'mark'}", stdin=json.dumps(dict(spec.mark)))
+            self._call("make_folder", new / "data", 0o755)
+            self._call("write", new / "mark", json.dumps(dict(spec.mark)))
             crash.point("folder.create.data")
-            self._do("mv", "-T", "--", new, root / spec.id)
+            self._call("rename", new, root / spec.id)
             crash.point("folder.create.named")
         if spec.size is not None and not reason:
             self._bound(handle, spec.size)
@@ -288,31 +290,31 @@ class RemoteFolders(FilesystemDriver, SupportsExpand, SupportsCapacity):
                 hint="look at its quota, or leave the size out",
             )
 
-    def _exists(self, *paths: Path) -> bool:
-        """Any of them."""
-        return bool(self._look("stat", "--format=%F", "--", *paths))
+    def _there(self, *paths: Path) -> set[Path]:
+        """Those of them that are."""
+        return set(compress(paths, self._call("there", *paths)))
 
     def delete(self, handle: Handle) -> None:
         root = self._ready()
-        trash = root / f"{_TRASH}{handle}"
-        there = self._exists(trash)
-        for folder in (root / handle, root / f"{_NEW}{handle}"):
-            if there and self._exists(folder):
-                self._remove_tree(trash)  # of an earlier try
-            try:
-                self._do("mv", "-T", "--", folder, trash)
-            except NotFound:
+        folder, new, trash = (root / f"{prefix}{handle}" for prefix in ("", _NEW, _TRASH))
+        there = self._there(folder, new, trash)
+        trashed = trash in there
+        for each in (folder, new):
+            if each not in there:
                 continue
-            there = True
+            if trashed:
+                self._remove_tree(trash)  # of an earlier try
+            self._call("rename", each, trash)
+            trashed = True
             crash.point("folder.delete.trashed")
-        if there:
+        if trashed:
             if not self._can_limit():
                 self._limit(handle, None)
             self._remove_tree(trash)
 
     def _remove_tree(self, trash: Path) -> None:
         try:
-            self._do("rm", "-rf", "--one-file-system", "--", trash, timeout=REMOVE_TIMEOUT)
+            self._look("rm", "-rf", "--one-file-system", "--", trash, timeout=REMOVE_TIMEOUT)
         except BackendError as error:
             if os.strerror(errno.ENOTEMPTY) not in error.text and os.strerror(errno.EBUSY) not in error.text:
                 raise
@@ -347,11 +349,11 @@ class RemoteFolders(FilesystemDriver, SupportsExpand, SupportsCapacity):
                 found[Path(path).parent.name] = {str(key): str(value) for key, value in mark.items()}
         return found
 
-    def _look(self, *argv: str | Path) -> str:
-        """As `_do`, where what is not there, or vanishes meanwhile, is nothing wrong."""
+    def _look(self, *argv: str | Path, timeout: float | None = None) -> str:
+        """What a command printed that goes through a tree. What vanishes meanwhile is nothing wrong."""
         for last in (False, True):
             try:
-                told = self.host.run(argv, timeout=self._timeout, check=False)
+                told = self.host.run(argv, timeout=timeout or self._timeout, check=False)
             except DeadlineExceeded:
                 raise self._silent() from None
             wrong = [line for line in told.stderr.splitlines() if not line.endswith(_GONE)]
@@ -359,13 +361,13 @@ class RemoteFolders(FilesystemDriver, SupportsExpand, SupportsCapacity):
                 return told.stdout
             reason = wrong[0].rpartition(": ")[2]
             if reason not in _DEAD or last:
-                raise self._error(reason, CommandFailed(wrong[0], returncode=told.returncode, stderr=wrong[0]))
+                raise self._error(reason, wrong[0])
             self._renew()
         raise AssertionError
 
     def find(self, volume_id: VolumeId) -> Handle | None:
         root = self._ready()
-        there = self._exists(*(root / f"{prefix}{volume_id}" for prefix in ("", _NEW, _TRASH)))
+        there = self._there(*(root / f"{prefix}{volume_id}" for prefix in ("", _NEW, _TRASH)))
         return Handle(volume_id) if there else None
 
     def expand(self, handle: Handle, size: int) -> int:

@@ -1,4 +1,5 @@
-"""A file system whose server can be stopped, continued and killed: an empty folder, by the kernel's FUSE protocol.
+"""A file system whose server can be stopped, continued and killed, by the kernel's FUSE protocol: an empty folder, and
+below it the empty `folder`, which only a look at its name finds.
 
 with stalled_tree(target) as server:      # mounted
     server.stop()                         # from now on nobody gets an answer
@@ -80,6 +81,9 @@ def _answer(code: int, body: bytes, root: dict[str, int]) -> tuple[int, bytes]:
             "<QQQQQQIIIIIIIIII", 1, 0, 0, 0, 0, 0, 0, 0, 0, root["mode"], 2, root["uid"], root["gid"], 0, 4096, 0
         )
         return 0, struct.pack("<QII", 0, 0, 0) + attributes
+    if code == LOOKUP and body == b"folder\0":
+        attributes = struct.pack("<QQQQQQIIIIIIIIII", 2, 0, 0, 0, 0, 0, 0, 0, 0, 0o40755, 2, 0, 0, 0, 4096, 0)
+        return 0, struct.pack("<QQQQII", 2, 0, 0, 0, 0, 0) + attributes
     if code == STATFS:
         return 0, struct.pack("<QQQQQIII28x", 1000, 600, 500, 100, 90, 4096, 255, 4096)
     if code == OPENDIR:

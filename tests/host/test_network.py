@@ -18,8 +18,7 @@ from tests.harness.stalled import Server, stalled_tree
 from volumed import context
 from volumed.driver import Revived, TreeStatus
 from volumed.errors import DeadlineExceeded, InUse, MountFailed
-from volumed.host import mounts, network
-from volumed.host import run as run_module
+from volumed.host import left, mounts, network
 from volumed.host.linux import LinuxHost
 
 pytestmark = pytest.mark.root
@@ -82,9 +81,9 @@ def test_a_look_that_still_hangs_is_not_joined_by_another(server: Server, tree: 
     for _ in range(3):
         with pytest.raises(DeadlineExceeded, match="its server does not answer"):
             host.tree_status(tree, timeout=1.0)
-    assert len(run_module._left) == 1
+    assert len(left.hanging()) == 1
     server.go_on()
-    wait_until(lambda: host.run(["true"]).returncode == 0 and not run_module._left)
+    wait_until(lambda: not left.hanging())
     assert host.tree_status(tree).total
 
 

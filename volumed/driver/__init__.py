@@ -1,7 +1,19 @@
 """The public interface for driver authors: everything a driver imports is here, in model and in errors."""
 
 from volumed.driver.capability import Capability
-from volumed.driver.host import Completed, FileExtent, Helper, Host, Loop, MountEntry, Revived, Tell, TreeStatus, Worker
+from volumed.driver.host import (
+    Completed,
+    FileExtent,
+    Helper,
+    Host,
+    Loop,
+    MountEntry,
+    Revived,
+    Tell,
+    TreeCall,
+    TreeStatus,
+    Worker,
+)
 from volumed.driver.interface import (
     BlockDriver,
     Capacity,
@@ -65,6 +77,7 @@ __all__ = [
     "SupportsNativeCopy",
     "SupportsSnapshots",
     "Tell",
+    "TreeCall",
     "TreeStatus",
     "VolumeSpec",
     "Worker",

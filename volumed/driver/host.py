@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 # Called with the bytes that were copied since the last call, at least every few seconds. It may wait, for a limit of
 # the rate, and what it raises ends the work.
 Tell = Callable[[int], None]
+TreeCall = Literal["there", "owner", "make_folder", "write", "rename", "rmdir"]
 
 
 class Completed(NamedTuple):
@@ -167,6 +168,19 @@ class Host(ABC):
         DeadlineExceeded. After either nothing of it is mounted."""
 
     @abstractmethod
+    def bind_network(
+        self,
+        source: Path,
+        target: Path,
+        *,
+        readonly: bool = False,
+        options: Sequence[str] = (),
+        timeout: float = 60.0,
+    ) -> None:
+        """As `bind`, of a tree whose server may not answer. Raises MountFailed, DeadlineExceeded, after which nothing
+        of it is mounted, nor will be."""
+
+    @abstractmethod
     def unmount_network(self, target: Path, *, timeout: float = 30.0, force: bool = False) -> None:
         """As `unmount`, never waiting for the server. `force`: what is on its way there is given up (MNT_FORCE).
         Raises InUse naming who holds it, DeadlineExceeded."""
@@ -175,6 +189,16 @@ class Host(ABC):
     def tree_status(self, path: Path, *, timeout: float = 5.0) -> TreeStatus:
         """statvfs(3). Raises DeadlineExceeded when the server does not answer, MountFailed with its errno: ESTALE for
         what the server has forgotten, ENOTCONN when the process behind a FUSE mount is dead."""
+
+    @abstractmethod
+    def tree_call(self, name: TreeCall, *arguments: Path | str | int, timeout: float = 15.0) -> Any:
+        """A small change of, or look at, a tree whose server may not answer; cheaper than a command by `run`.
+
+        `there` PATH...: whether each is there, as a list. `owner` PATH: its user's number. `make_folder` PATH MODE:
+        with those above it; there already is success. `write` PATH TEXT: a file, made or written over. `rename` PATH
+        NEW. `rmdir` PATH. Raises OSError as the call itself does, and DeadlineExceeded, also at once while calls
+        still hang there that no signal ends.
+        """
 
     @abstractmethod
     def start_worker(self, module: str) -> Worker:

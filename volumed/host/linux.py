@@ -9,10 +9,23 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from volumed.driver import Completed, FileExtent, Helper, Host, Loop, MountEntry, Revived, Tell, TreeStatus, Worker
+from volumed.driver import (
+    Completed,
+    FileExtent,
+    Helper,
+    Host,
+    Loop,
+    MountEntry,
+    Revived,
+    Tell,
+    TreeCall,
+    TreeStatus,
+    Worker,
+)
 from volumed.errors import HostError, NotSupported
-from volumed.host import devices, extents, holders, loop, mapper, mounts, network, quota, revive
+from volumed.host import devices, extents, holders, loop, mapper, mounts, network, quota, revive, served
 from volumed.host.helpers import Helpers
 from volumed.host.pipe import pipe
 from volumed.host.run import run
@@ -94,11 +107,25 @@ class LinuxHost(Host):
             source, target, fstype=fstype, options=options, readonly=readonly, timeout=timeout, secrets=secrets
         )
 
+    def bind_network(
+        self,
+        source: Path,
+        target: Path,
+        *,
+        readonly: bool = False,
+        options: Sequence[str] = (),
+        timeout: float = 60.0,
+    ) -> None:
+        network.bind(source, target, readonly=readonly, options=options, timeout=timeout)
+
     def unmount_network(self, target: Path, *, timeout: float = 30.0, force: bool = False) -> None:
         network.unmount(target, timeout=timeout, force=force)
 
     def tree_status(self, path: Path, *, timeout: float = 5.0) -> TreeStatus:
         return network.status(path, timeout=timeout)
+
+    def tree_call(self, name: TreeCall, *arguments: Path | str | int, timeout: float = 15.0) -> Any:
+        return served.call(name, *arguments, timeout=timeout)
 
     def start_worker(self, module: str) -> Worker:
         return start_worker(module)

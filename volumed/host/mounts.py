@@ -80,6 +80,18 @@ def mount(source: str | Path, target: Path, *, fstype: str, options: Sequence[st
 
 def bind(source: Path, target: Path, *, readonly: bool, options: Sequence[str]) -> None:
     """Two calls where flags are wanted: the first makes the mount, the second gives it its own flags."""
+    flags = bind_flags(target, readonly=readonly, options=options)
+    _mount(os.fspath(source), target, fstype="none", flags=MS_BIND, data="")
+    if flags:
+        try:
+            _mount("none", target, fstype="none", flags=MS_BIND | MS_REMOUNT | flags, data="")
+        except MountFailed:
+            unmount(target)
+            raise
+
+
+def bind_flags(target: Path, *, readonly: bool, options: Sequence[str]) -> int:
+    """What a bind mount can have of its own. Raises MountFailed."""
     unknown = [option for option in options if option not in _PER_MOUNT and option not in _DEFAULTS | {"ro"}]
     if unknown:
         raise MountFailed(
@@ -88,14 +100,7 @@ def bind(source: Path, target: Path, *, readonly: bool, options: Sequence[str]) 
             subject=str(target),
             hint=f"it takes {', '.join(sorted(_PER_MOUNT))} and ro",
         )
-    flags = split_options(options)[0] | (MS_RDONLY if readonly else 0)
-    _mount(os.fspath(source), target, fstype="none", flags=MS_BIND, data="")
-    if flags:
-        try:
-            _mount("none", target, fstype="none", flags=MS_BIND | MS_REMOUNT | flags, data="")
-        except MountFailed:
-            unmount(target)
-            raise
+    return split_options(options)[0] | (MS_RDONLY if readonly else 0)
 
 
 def _mount(source: str, target: Path, *, fstype: str, flags: int, data: str) -> None:

@@ -1,6 +1,6 @@
 """File systems behind a server that may be gone: everything that could wait for it waits in a child.
 
-A child in uninterruptible sleep cannot be killed, but it can be left behind (`volumed.host.run`); a thread of the
+A child in uninterruptible sleep cannot be killed, but it can be left behind (`volumed.host.left`); a thread of the
 daemon could not.
 """
 
@@ -8,29 +8,17 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from volumed.driver import TreeStatus
-from volumed.errors import CommandFailed, DeadlineExceeded, HostError, InUse, MountFailed
-from volumed.host import mounts
+from volumed.errors import CommandFailed, DeadlineExceeded, InUse, MountFailed
+from volumed.host import mounts, served
 from volumed.host.holders import holders_of_mount
 from volumed.host.run import run
 
-# umount2(2) by a Python that imports nothing: umount(8) looks at the mount first, and so asks the server.
-_UNMOUNT = (
-    *(sys.executable, "-I", "-S", "-c"),
-    """
-import ctypes, sys
-libc = ctypes.CDLL(None, use_errno=True)
-done = libc.umount2(sys.argv[1].encode("utf-8", "surrogateescape"), int(sys.argv[2]))
-print(ctypes.get_errno() if done else 0)
-""",
-)
-_STATUS = ("stat", "--file-system", "--format=%S %b %f %a %c %d", "--")
-MNT_FORCE, UMOUNT_NOFOLLOW = 1, 8
+MNT_FORCE = 1
 _MOMENT = 1.0  # seconds in which whoever only looked at a mount has left it again
 # What mount(8) takes for itself and never hands to the file system: with these it would do something else than mount.
 _OF_MOUNT = frozenset(
@@ -42,7 +30,6 @@ _MEANINGS = {
     errno.ESTALE: "its server has forgotten it (stale file handle)",
     errno.ENOTCONN: "the process that served it is dead",
 }
-_NUMBERS = {os.strerror(number): number for number in errno.errorcode}
 
 
 def mount(
@@ -82,39 +69,51 @@ def _clear(target: Path) -> None:
 
 def unmount(target: Path, *, timeout: float, force: bool) -> None:
     """See `volumed.driver.Host.unmount_network`."""
-    flags = UMOUNT_NOFOLLOW | (MNT_FORCE if force else 0)
+    flags = mounts.UMOUNT_NOFOLLOW | (MNT_FORCE if force else 0)
     ends = time.monotonic() + _MOMENT
     while mounts.is_mountpoint(target):
         try:
-            number = int(run([*_UNMOUNT, target, str(flags)], timeout=timeout).stdout)
+            # Not by umount(8), which looks at the mount first, and so asks the server.
+            served.call("unmount", target, flags, timeout=timeout)
         except DeadlineExceeded:
             raise DeadlineExceeded(
                 "unmounting got no answer from its server in time", subject=f"mount {target}"
             ) from None
-        if number == errno.EBUSY:
-            holders = holders_of_mount(target)
-            if holders or time.monotonic() > ends:
-                raise InUse("is held by", holders=holders or ["a process"], subject=f"mount {target}")
-            time.sleep(0.05)  # whoever looked at it for a moment has let go
-        elif number and mounts.is_mountpoint(target):
-            raise MountFailed(f"unmounting failed: {os.strerror(number)}", errno=number, subject=str(target))
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                holders = holders_of_mount(target)
+                if holders or time.monotonic() > ends:
+                    raise InUse("is held by", holders=holders or ["a process"], subject=f"mount {target}") from None
+                time.sleep(0.05)  # whoever looked at it for a moment has let go
+            elif mounts.is_mountpoint(target):
+                raise _failed("unmounting", target, error) from None
+
+
+def bind(source: Path, target: Path, *, readonly: bool, options: Sequence[str], timeout: float) -> None:
+    """See `volumed.driver.Host.bind_network`."""
+    flags = mounts.bind_flags(target, readonly=readonly, options=options)
+    try:
+        served.call("bind", source, target, flags, timeout=timeout)
+    except DeadlineExceeded:
+        _clear(target)
+        raise
+    except OSError as error:
+        raise _failed(f"mounting {source}", target, error) from None
+
+
+def _failed(what: str, target: Path, error: OSError) -> MountFailed:
+    number = error.errno or 0
+    return MountFailed(f"{what} failed: {os.strerror(number)}", errno=number, subject=str(target))
 
 
 def status(path: Path, *, timeout: float) -> TreeStatus:
     """See `volumed.driver.Host.tree_status`."""
     try:
-        told = run([*_STATUS, path], timeout=timeout)
-    except DeadlineExceeded:
-        raise DeadlineExceeded("its server does not answer", subject=str(path)) from None
-    except CommandFailed as error:
-        reason = error.stderr.strip().rpartition(": ")[2]
-        number = _NUMBERS.get(reason, 0)
-        text = _MEANINGS.get(number, reason or error.text)
+        unit, blocks, free, available, files, files_free = served.call("statvfs", path, timeout=timeout)
+    except OSError as error:
+        number = error.errno or 0
+        text = _MEANINGS.get(number, os.strerror(number))
         raise MountFailed(f"cannot be measured: {text}", errno=number, subject=str(path)) from None
-    try:
-        unit, blocks, free, available, files, files_free = (int(word) for word in told.stdout.split())
-    except ValueError:
-        raise HostError(f"cannot be measured: stat(1) said {told.stdout[:100]!r}", subject=str(path)) from None
     return TreeStatus(
         total=blocks * unit,
         used=(blocks - free) * unit,

@@ -6,7 +6,6 @@ import contextlib
 import os
 import select
 import shlex
-import signal
 import subprocess
 import tempfile
 import time
@@ -16,7 +15,8 @@ from typing import IO
 
 from volumed.driver import Tell
 from volumed.errors import CommandFailed, DeadlineExceeded
-from volumed.host.run import ENVIRONMENT, MAX_SHOWN, REAP_TIMEOUT
+from volumed.host import left
+from volumed.host.run import ENVIRONMENT, MAX_SHOWN
 
 _AT_ONCE = 1 << 20
 _BEAT = 0.5  # seconds between two calls of `tell` while nothing moves
@@ -54,10 +54,10 @@ def _read(reader: IO[bytes], tell: Tell) -> bytes:
 
 
 def _write(writer: IO[bytes], data: bytes, tell: Tell) -> None:
-    left = memoryview(data)
-    while left:
+    rest = memoryview(data)
+    while rest:
         _wait(writer, select.POLLOUT, tell)
-        left = left[os.write(writer.fileno(), left) :]
+        rest = rest[os.write(writer.fileno(), rest) :]
 
 
 def _wait(end: IO[bytes], event: int, tell: Tell) -> None:
@@ -72,7 +72,7 @@ def _wait(end: IO[bytes], event: int, tell: Tell) -> None:
 
 class _Child:
     def __init__(self, argv: Sequence[str | Path], said: IO[bytes], *, stdin: int) -> None:
-        words = [str(word) for word in argv]
+        self._words = words = tuple(str(word) for word in argv)
         self._shown, self._said = shlex.join(words), said
         try:
             self.process = subprocess.Popen(
@@ -108,10 +108,7 @@ class _Child:
 
     def end(self) -> None:
         """With all it started. What the kernel holds is left behind."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(REAP_TIMEOUT)
+        left.kill(self.process, self._words)
         for end in (self.process.stdin, self.process.stdout):
             if end is not None:
                 with contextlib.suppress(BrokenPipeError):

@@ -6,11 +6,8 @@ whole process group killed at it. What a child printed is kept for the error, se
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import shlex
-import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,15 +15,12 @@ from pathlib import Path
 from volumed import context
 from volumed.driver import Completed
 from volumed.errors import CommandFailed, DeadlineExceeded
+from volumed.host import left
 
 _log = logging.getLogger(__name__)
 
 ENVIRONMENT = {"LC_ALL": "C.UTF-8", "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
-# A child in uninterruptible sleep does not die of SIGKILL before its system call returns: it is left behind then.
-REAP_TIMEOUT = 1.0
 MAX_SHOWN = 2000
-# Those left behind, by pid. While one hangs the same command is not started again: it would hang beside it.
-_left: dict[int, tuple[str, ...]] = {}
 
 
 def run(
@@ -42,8 +36,7 @@ def run(
     words = [str(word) for word in argv]
     shown = _blank(shlex.join(words), secrets)
     _log.debug("run: %s", shown)
-    _reap()
-    if tuple(words) in _left.values():
+    if tuple(words) in left.hanging():
         raise DeadlineExceeded(f"`{shown}` was started before and still hangs in the kernel")
     try:
         child = subprocess.Popen(
@@ -66,10 +59,10 @@ def run(
         try:
             stdout, stderr = child.communicate(stdin, timeout=context.remaining(timeout))
         except subprocess.TimeoutExpired:
-            _kill(child)
+            left.kill(child, tuple(words))
             raise DeadlineExceeded(f"`{shown}` did not end in time and was killed") from None
         except BaseException:
-            _kill(child)
+            left.kill(child, tuple(words))
             raise
     stderr = _blank(stderr, secrets)
     if check and child.returncode != 0:
@@ -78,26 +71,6 @@ def run(
             f"`{shown}` failed with status {child.returncode}: {reason}", returncode=child.returncode, stderr=stderr
         )
     return Completed(child.returncode, _blank(stdout, secrets), stderr)
-
-
-def _kill(child: subprocess.Popen[str]) -> None:
-    """The child and all it started. What does not die is not waited for, nor by the `with` around it."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(REAP_TIMEOUT)
-        return
-    _log.error("process %d does not die: the kernel holds it", child.pid)
-    _left[child.pid] = tuple(map(str, child.args)) if isinstance(child.args, list) else ()
-    child.returncode = -signal.SIGKILL  # or Popen would wait for it for ever
-
-
-def _reap() -> None:
-    for pid in list(_left):
-        with contextlib.suppress(ChildProcessError):
-            if os.waitpid(pid, os.WNOHANG)[0] == 0:
-                continue
-        _left.pop(pid, None)
 
 
 def _blank(text: str, secrets: Sequence[str]) -> str:

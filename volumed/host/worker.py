@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import signal
 import subprocess
 import sys
 import tempfile
@@ -14,7 +13,8 @@ import time
 from volumed import context
 from volumed.driver import Worker
 from volumed.errors import CommandFailed, DeadlineExceeded, HostError
-from volumed.host.run import ENVIRONMENT, REAP_TIMEOUT
+from volumed.host import left
+from volumed.host.run import ENVIRONMENT
 
 SHOWN = 2000
 
@@ -22,17 +22,19 @@ SHOWN = 2000
 class _Child(Worker):
     def __init__(self, module: str) -> None:
         self._module = module
+        self._question = ""
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the child)
         # It imports what we import, however that is installed.
         paths = os.pathsep.join(path for path in sys.path if path)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module],
+                [sys.executable, "-P", "-m", module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,
                 env={**ENVIRONMENT, "PYTHONPATH": paths},
                 start_new_session=True,
+                cwd="/",
                 bufsize=0,
             )
         except OSError as error:
@@ -49,10 +51,11 @@ class _Child(Worker):
         if not self.alive:
             raise self._ended()
         ends = time.monotonic() + context.remaining(timeout)
+        self._question = question
         try:
-            left = memoryview(question.encode() + b"\n")
-            while left:
-                left = left[os.write(self._questions.fileno(), left) :]
+            rest = memoryview(question.encode() + b"\n")
+            while rest:
+                rest = rest[os.write(self._questions.fileno(), rest) :]
             return self._read(ends).decode()
         except BrokenPipeError:
             raise self._ended() from None
@@ -75,7 +78,7 @@ class _Child(Worker):
 
     def _ended(self) -> HostError:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(REAP_TIMEOUT)
+            self._process.wait(left.REAP_TIMEOUT)
         self._log.seek(0)
         said = self._log.read().decode(errors="backslashreplace").strip()[-SHOWN:]
         return HostError(f"{self._module} ended with status {self._process.returncode}: {said or 'it said nothing'}")
@@ -84,12 +87,8 @@ class _Child(Worker):
         for pipe in (self._questions, self._answers):
             with contextlib.suppress(OSError):
                 pipe.close()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        try:
-            self._process.wait(REAP_TIMEOUT)
-        except subprocess.TimeoutExpired:  # in uninterruptible sleep: it is left behind
-            self._process.returncode = -signal.SIGKILL
+        if self.alive:
+            left.kill(self._process, (self._module, self._question))
 
 
 def start(module: str) -> Worker:

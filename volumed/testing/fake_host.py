@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from volumed.driver import Completed, FileExtent, Helper, Host, Loop, MountEntry, Revived, Tell, TreeStatus, Worker
+from volumed.driver import (
+    Completed,
+    FileExtent,
+    Helper,
+    Host,
+    Loop,
+    MountEntry,
+    Revived,
+    Tell,
+    TreeCall,
+    TreeStatus,
+    Worker,
+)
 from volumed.errors import CommandFailed, DeadlineExceeded, HostError, MountFailed, NotSupported, VolumedError
 
 
@@ -91,6 +106,17 @@ class FakeHost(Host):
         self._called("mount_network", source, target, fstype, *options)
         self._enter(Path(source), target, fstype, readonly=readonly)
 
+    def bind_network(
+        self,
+        source: Path,
+        target: Path,
+        *,
+        readonly: bool = False,
+        options: Sequence[str] = (),
+        timeout: float = 60.0,
+    ) -> None:
+        self.bind(source, target, readonly=readonly, options=options)
+
     def unmount_network(self, target: Path, *, timeout: float = 30.0, force: bool = False) -> None:
         self._called("unmount_network", target)
         self._table.pop(target, None)
@@ -98,6 +124,10 @@ class FakeHost(Host):
     def tree_status(self, path: Path, *, timeout: float = 5.0) -> TreeStatus:
         self._called("tree_status", path)
         return TreeStatus(1 << 30, 0, 1 << 30, 1000, 0, 1000)
+
+    def tree_call(self, name: TreeCall, *arguments: Path | str | int, timeout: float = 15.0) -> Any:
+        self._called("tree_call", name, *arguments)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(arguments[0]))
 
     def start_worker(self, module: str) -> Worker:
         self._called("start_worker", module)
