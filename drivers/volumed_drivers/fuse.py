@@ -16,7 +16,8 @@ from volumed.model import Handle
 
 # Those that no file system takes for itself.
 MOUNT_OPTIONS = frozenset({"noatime", "nodiratime", "relatime", "nosuid", "nodev", "noexec", "sync", "dirsync"})
-_POLL = 0.005  # a client needs some 30 ms; the mount table tells when it is there
+# Seconds between two looks at a client that comes or goes, which takes some 30 ms; after long waits seldom.
+_POLL, _POLL_SELDOM = 0.001, 0.05
 
 
 def client_name(kind: str, handle: Handle, target: Path) -> str:
@@ -44,6 +45,11 @@ def check_options(options: Sequence[str], *, subject: str) -> None:
         )
 
 
+def _pause(begun: float) -> None:
+    waited = time.monotonic() - begun
+    time.sleep(min(max(_POLL, waited / 20), _POLL_SELDOM))
+
+
 class FuseClient:
     """`name` is the helper's, `place` where it mounts. `subject` is for errors."""
 
@@ -60,7 +66,8 @@ class FuseClient:
     def start(self, argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None, timeout: float) -> None:
         """Returns when it is in the mount table; one that is on its way there is waited for. Raises MountFailed with
         what it said, DeadlineExceeded; after either nothing of it is left."""
-        ends = time.monotonic() + context.remaining(timeout)
+        begun = time.monotonic()
+        ends = begun + context.remaining(timeout)
         self._host.start_helper(self._name, argv, env=env)
         while not self._host.is_mountpoint(self._place):
             if not self.running():
@@ -70,7 +77,7 @@ class FuseClient:
                 raise DeadlineExceeded(
                     f"{argv[0]} got no answer from its server in time", subject=self._subject, hint="is it up?"
                 )
-            time.sleep(_POLL)
+            _pause(begun)
 
     def failure(self) -> MountFailed:
         """What the client said, for whoever has seen that it does not serve. Nothing of it is left."""
@@ -82,7 +89,8 @@ class FuseClient:
     def finish(self, *, timeout: float) -> None:
         """After its last mount is gone: wait until it has written all it holds and ends by itself. One that does not
         is left to its work, never killed. Raises DeadlineExceeded."""
-        ends = time.monotonic() + context.remaining(timeout)
+        begun = time.monotonic()
+        ends = begun + context.remaining(timeout)
         while self.running():
             if time.monotonic() > ends:
                 helper = self._host.helper(self._name)
@@ -91,7 +99,7 @@ class FuseClient:
                     subject=self._subject,
                     hint="it goes on by itself as soon as its server answers",
                 )
-            time.sleep(_POLL)
+            _pause(begun)
         self._host.stop_helper(self._name)
 
     def end(self, *, timeout: float) -> None:

@@ -32,7 +32,7 @@ from volumed.driver import (
     SupportsExpand,
     VolumeSpec,
 )
-from volumed.errors import BackendError, CommandFailed, ConfigError, DeadlineExceeded, NotFound, NotSupported
+from volumed.errors import BackendError, ConfigError, DeadlineExceeded, MountFailed, NotFound, NotSupported
 from volumed.model import Handle, VolumeId
 from volumed.testing import crash
 from volumed_drivers.fuse import FuseClient, check_options, client_name, write_private
@@ -189,10 +189,10 @@ class S3Driver(FilesystemDriver, SupportsExpand):
         if size is not None and self._quota_user:
             size = self._gateway.bound(bucket, size, user=self._quota_user)
             crash.point("s3.create.bounded")
-        if self._s3.read(bucket, base + _TREE) is None:
-            root = {"mode": str(0o40755), "uid": "0", "gid": "0"}
-            self._s3.write(bucket, base + _TREE, b"", ContentType="application/x-directory", Metadata=root)
-            crash.point("s3.create.tree")
+        # Without a mark nobody had it: whatever root an earlier try has left is written over by the same.
+        root = {"mode": str(0o40755), "uid": "0", "gid": "0"}
+        self._s3.write(bucket, base + _TREE, b"", ContentType="application/x-directory", Metadata=root)
+        crash.point("s3.create.tree")
         self._write_mark(bucket, base, {"volume": spec.id, "size": size, "mark": dict(spec.mark)})
         return CreatedVolume(Handle(spec.id), size)
 
@@ -212,9 +212,9 @@ class S3Driver(FilesystemDriver, SupportsExpand):
         for helper in self.host.helpers(f"s3-{handle}-"):
             if not helper.running:
                 self.host.stop_helper(helper.name)
-        self._s3.remove_below(bucket, base + _TREE)
+        marks = self._s3.remove_below(bucket, base, sparing=base + _MARK)
         crash.point("s3.delete.tree")
-        self._s3.remove_below(bucket, base)
+        self._s3.remove(bucket, marks)
         if self._options.bucket is None:
             crash.point("s3.delete.emptied")
             self._s3.delete_bucket(bucket)
@@ -322,12 +322,11 @@ class S3Driver(FilesystemDriver, SupportsExpand):
         return f"s3:{bucket}/{base}"
 
     def _bind(self, client: FuseClient, tree: Path, target: Path) -> None:
-        """In a child, as it asks the server. It tells as well whether the client can serve at all: one that the server
+        """It asks the server, and tells as well whether the client can serve at all: one that the server
         refuses mounts first, and dies then."""
         try:
-            argv: list[str | Path] = ["mount", "--no-canonicalize", "--bind", "--", tree, target]
-            self.host.run(argv, timeout=MOUNT_TIMEOUT)
-        except CommandFailed:
+            self.host.bind_network(tree, target, timeout=MOUNT_TIMEOUT)
+        except MountFailed:
             raise client.failure() from None
         except DeadlineExceeded:
             client.end(timeout=2.0)

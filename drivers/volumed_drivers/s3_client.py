@@ -56,6 +56,13 @@ class Access(NamedTuple):
     secret_key: Secret
 
 
+class Version(NamedTuple):
+    """Of an object, or of the mark that it was deleted."""
+
+    key: str
+    id: str
+
+
 class S3:
     """One server, as one user. Credentials are read again for each call, so a rotated key is taken up."""
 
@@ -180,21 +187,31 @@ class S3:
             found = [each["Prefix"] for page in pages for each in page.get("CommonPrefixes", [])]
         return [name.removeprefix(prefix).rstrip("/") for name in found]
 
-    def remove_below(self, bucket: str, prefix: str) -> None:
-        """Every object, in all its versions, and every upload that was never finished. No such bucket is success.
-        Raises DeadlineExceeded with the work half done; the same again goes on."""
+    def remove_below(self, bucket: str, prefix: str, *, sparing: str) -> list[Version]:
+        """Every object but one, in all its versions, and every upload that was never finished; the versions of the one
+        that was spared. No such bucket is success. Raises DeadlineExceeded with the work half done; the same again
+        goes on."""
+        spared: list[Version] = []
         with contextlib.suppress(NotFound), self.told(f"removing {bucket}/{prefix}*") as client:
             uploads = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix)
             for upload in [each for page in uploads for each in page.get("Uploads", [])]:
                 with contextlib.suppress(client.exceptions.NoSuchUpload):
                     client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
             for page in client.get_paginator("list_object_versions").paginate(Bucket=bucket, Prefix=prefix):
-                found = [*page.get("Versions", []), *page.get("DeleteMarkers", [])]
-                self._remove(client, bucket, [(each["Key"], each["VersionId"]) for each in found])
+                listed = [*page.get("Versions", []), *page.get("DeleteMarkers", [])]
+                found = [Version(each["Key"], each["VersionId"]) for each in listed]
+                self._remove(client, bucket, [each for each in found if each.key != sparing])
+                spared += [each for each in found if each.key == sparing]
                 if context.remaining(1.0) == 0:
                     raise DeadlineExceeded(f"{bucket}/{prefix} holds more than could be removed in time")
+        return spared
 
-    def _remove(self, client: S3Client, bucket: str, versions: list[tuple[str, str]]) -> None:
+    def remove(self, bucket: str, versions: list[Version]) -> None:
+        """Gone already is success."""
+        with contextlib.suppress(NotFound), self.told(f"removing objects of bucket {bucket}") as client:
+            self._remove(client, bucket, versions)
+
+    def _remove(self, client: S3Client, bucket: str, versions: list[Version]) -> None:
         for key, version in versions:
             if _NO_XML.search(key):
                 client.delete_object(Bucket=bucket, Key=key, VersionId=version)
