@@ -313,6 +313,8 @@ class RemoteFolders(FilesystemDriver, SupportsExpand, SupportsCapacity):
             self._remove_tree(trash)
 
     def _remove_tree(self, trash: Path) -> None:
+        if self._call("remove_empty", trash, "data", "mark"):
+            return
         try:
             self._look("rm", "-rf", "--one-file-system", "--", trash, timeout=REMOVE_TIMEOUT)
         except BackendError as error:

@@ -85,6 +85,19 @@ def test_folders_and_files_are_made_and_renamed(tmp_path: Path, host: LinuxHost)
         host.tree_call("there", tmp_path / "a/file/b")
 
 
+def test_a_folder_is_removed_if_its_tree_is_empty(tmp_path: Path, host: LinuxHost) -> None:
+    for held, gone in ((["data/file"], False), (["other"], False), ([], True)):
+        folder = tmp_path / "folder"
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        for name in ("mark", *held):
+            (folder / name).touch()
+        assert host.tree_call("remove_empty", folder, "data", "mark") is gone
+        assert all((folder / name).exists() for name in held)
+        assert folder.exists() is not gone
+        for name in held:
+            (folder / name).unlink()
+
+
 def test_a_tree_is_bound_with_flags_of_its_own(tmp_path: Path, tree: Path, host: LinuxHost) -> None:
     (tree / "file").touch()
     target = tmp_path / "target"

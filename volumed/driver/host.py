@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 # Called with the bytes that were copied since the last call, at least every few seconds. It may wait, for a limit of
 # the rate, and what it raises ends the work.
 Tell = Callable[[int], None]
-TreeCall = Literal["there", "owner", "make_folder", "write", "rename", "rmdir"]
+TreeCall = Literal["there", "owner", "make_folder", "write", "rename", "rmdir", "remove_empty"]
 
 
 class Completed(NamedTuple):
@@ -196,8 +196,9 @@ class Host(ABC):
 
         `there` PATH...: whether each is there, as a list. `owner` PATH: its user's number. `make_folder` PATH MODE:
         with those above it; there already is success. `write` PATH TEXT: a file, made or written over. `rename` PATH
-        NEW. `rmdir` PATH. Raises OSError as the call itself does, and DeadlineExceeded, also at once while calls
-        still hang there that no signal ends.
+        NEW. `rmdir` PATH. `remove_empty` PATH TREE FILE...: a folder that holds these files, the empty folder TREE and
+        no more; whether it is gone. Raises OSError as the call itself does, and DeadlineExceeded, also at once while
+        calls still hang there that no signal ends.
         """
 
     @abstractmethod

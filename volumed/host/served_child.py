@@ -50,6 +50,17 @@ def write(path: str, text: str) -> None:
         file.write(text)
 
 
+def remove_empty(path: str, tree: str, *files: str) -> bool:
+    try:
+        (Path(path) / tree).rmdir()
+        for name in files:
+            (Path(path) / name).unlink()
+        Path(path).rmdir()
+    except OSError:
+        return False
+    return True
+
+
 def owner(path: str) -> int:
     return os.lstat(path).st_uid
 
@@ -86,7 +97,7 @@ def unmount(target: str, flags: int) -> None:
 
 
 CALLS: dict[str, Callable[..., Any]] = {
-    **{call.__name__: call for call in (there, make_folder, write, owner, statvfs, bind, unmount)},
+    **{call.__name__: call for call in (there, make_folder, write, remove_empty, owner, statvfs, bind, unmount)},
     "rename": os.rename,
     "rmdir": os.rmdir,
     "ready": lambda: None,
