@@ -40,13 +40,14 @@ from volumed.errors import (
     BackendUnavailable,
     CommandFailed,
     ConfigError,
+    InvalidRequest,
     NotFound,
     OperationPending,
 )
 from volumed.model import Handle, SnapshotId, VolumeId
 from volumed.testing import crash
 from volumed_drivers.ceph import CephOptions, Cluster
-from volumed_drivers.cephfs_volumes import CLONE_TIMEOUT, Note, State, Subvolume, Subvolumes
+from volumed_drivers.cephfs_volumes import CLONE_TIMEOUT, NO_ANSWER, Note, State, Subvolume, Subvolumes
 from volumed_drivers.fuse import FuseClient, check_options, client_name, write_private
 
 _VOLUME_ID = re.compile(r"v[0-9a-f]{32}")
@@ -193,14 +194,23 @@ class CephFsDriver(
         tells nothing of it until it is filled. Its handle is its name all the same."""
         if _VOLUME_ID.fullmatch(name):
             return name
+        if self._told(name) is None:
+            return ""
         note = self._volumes.read_note(name) or self._note_kept(name)
         return note.volume_id if note else ""
 
+    def _told(self, name: str) -> Subvolume | None:
+        """A complete one. None as well for what the manager fails to tell of: somebody made it by hand."""
+        try:
+            found = self._volumes.look(name)
+        except NO_ANSWER:
+            raise
+        except BackendError:
+            return None
+        return found if found is not None and found.state is State.COMPLETE else None
+
     def _note_kept(self, name: str) -> Note | None:
         """With a snapshot, of one that was filled from it and is not finished."""
-        found = self._volumes.look(name)
-        if found is None or found.state is not State.COMPLETE:
-            return None
         for snapshot in filter(_SNAPSHOT_ID.fullmatch, self._volumes.snapshots(name)):
             if note := self._volumes.read_snapshot_note(name, snapshot):
                 return note
@@ -248,10 +258,16 @@ class CephFsDriver(
         time. What it was for is kept with the snapshot meanwhile."""
         name, snapshot_name = _parts(snapshot)
         found = self._volumes.look(name)
-        # What was filled again has no note yet, as a removal takes it along: that is gone on with.
-        note = self._volumes.read_note(name) if found is not None and found.state is State.COMPLETE else None
+        note = kept = None
+        if found is not None and found.state is State.COMPLETE:
+            # What was filled again has no note yet, as a removal takes it along: that is gone on with.
+            note, kept = self._volumes.read_note(name), self._volumes.read_snapshot_note(name, snapshot_name)
+            if note is None and kept is None:
+                raise BackendError(
+                    f"nothing tells what subvolume {name} is for, so it is left as it is", subject=self._subject
+                )
         if found is not None and note is not None:
-            if self._volumes.read_snapshot_note(name, snapshot_name) is None:
+            if kept is None:
                 self._volumes.note_snapshot(name, snapshot_name, note._replace(size=found.size))
                 crash.point("cephfs.restore.noted")
             self._volumes.remove(name, keep_snapshots=True)
@@ -331,17 +347,24 @@ class CephFsDriver(
     def importable(self) -> Iterable[str]:
         for name in self._volumes.names():
             if _SUBVOLUME.fullmatch(name) and not self._volume_id(name):
-                found = self._volumes.look(name)
-                if found is not None and found.state is State.COMPLETE:
+                found = self._told(name)
+                if found is not None and not found.old:
                     yield name
 
     def adopt(self, reference: str, spec: VolumeSpec) -> CreatedVolume:
         """Who has it mounted is not to be seen; several nodes may."""
         name = _checked(reference, self._subject)
-        self._complete(name)
+        subject = f"subvolume {self._options.group}/{name}"
+        if self._complete(name).old:
+            raise InvalidRequest(
+                "is of an old format, which cannot be put back to a snapshot",
+                subject=subject,
+                hint="import a clone of it (`ceph fs subvolume snapshot clone`), or remove its snapshots: Ceph then "
+                "gives it the new format, unless it is older than both",
+            )
         known = self._volume_id(name)
         if known not in ("", spec.id):
-            raise AlreadyExists(f"is volume {known} already", subject=f"subvolume {self._options.group}/{name}")
+            raise AlreadyExists(f"is volume {known} already", subject=subject)
         made = self._finish(name, Note(spec.size, spec.mark, spec.id))
         crash.point("cephfs.adopt.noted")
         return made

@@ -20,7 +20,9 @@ from volumed_drivers.ceph import Cluster
 
 _KEY = "volumed"
 # Seconds between looks at a copy in the making: the manager begins one every few seconds.
-_PURGING = "purge of subvolume in progress"  # EAGAIN of the manager's module `volumes`
+# EAGAIN of the manager's module `volumes`: what it held before goes in the background; it is being filled.
+_PURGING, _NOT_READY = "purge of subvolume in progress", "is not ready for operation"
+NO_ANSWER = (BackendUnavailable, DeadlineExceeded)
 _SOON, _LATER = 0.2, 2.0
 CLONE_TIMEOUT = 580.0
 
@@ -33,13 +35,15 @@ class State(enum.StrEnum):
 
 
 class Subvolume(NamedTuple):
-    """`path`, `size` and `used` of a complete one. `size`: bytes, None when it has no quota."""
+    """`path`, `size`, `used` and `old` of a complete one. `size`: bytes, None when it has no quota. `old`: of a version
+    that holds its snapshots in its tree and cannot be put back to one."""
 
     state: State
     path: str = ""
     size: int | None = None
     used: int = 0
     monitors: tuple[str, ...] = ()
+    old: bool = False
 
 
 class Note(NamedTuple):
@@ -78,9 +82,9 @@ class Subvolumes:
             info = self._ask_of("info", name)
         except NotFound:
             return None
-        except BackendUnavailable:
-            raise
-        except BackendError:  # EAGAIN while it is being filled
+        except BackendError as error:
+            if _NOT_READY not in error.text:
+                raise
             state = self.clone_state(name)
             if state is None:
                 raise
@@ -91,7 +95,8 @@ class Subvolumes:
             return Subvolume(State.RETAINED)
         quota = info["bytes_quota"]
         size = quota if isinstance(quota, int) else None
-        return Subvolume(State.COMPLETE, info["path"], size, info["bytes_used"], tuple(info["mon_addrs"]))
+        old = "snapshot-retention" not in info["features"]
+        return Subvolume(State.COMPLETE, info["path"], size, info["bytes_used"], tuple(info["mon_addrs"]), old)
 
     def create(self, name: str, size: int | None) -> None:
         """Not for one that is there: owner and mode of its root would be put back."""
@@ -113,7 +118,7 @@ class Subvolumes:
         """None when there is none; of one that is not complete, neither."""
         try:
             return _decoded(self._ask_of("metadata ls", name))
-        except BackendUnavailable:
+        except NO_ANSWER:
             raise
         except (NotFound, BackendError):
             return None
@@ -125,10 +130,8 @@ class Subvolumes:
             return [each["name"] for each in self._ask_of("snapshot ls", name)]
         except NotFound:
             return []
-        except BackendUnavailable:
-            raise
-        except BackendError:  # EAGAIN while it is being filled
-            if self.clone_state(name) in (State.PENDING, State.FAILED):
+        except BackendError as error:
+            if _NOT_READY in error.text:
                 return []
             raise
 
@@ -162,7 +165,6 @@ class Subvolumes:
                 self._ask_of("snapshot clone", name, **words)
                 return
             except BackendError as error:
-                # What the subvolume held before goes in the background, and must be gone.
                 if _PURGING not in error.text or time.monotonic() + pause > ends:
                     raise
             time.sleep(pause)

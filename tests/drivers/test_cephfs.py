@@ -9,6 +9,7 @@ import secrets
 import signal
 import subprocess
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from volumed.errors import (
     BackendUnavailable,
     ConfigError,
     DeadlineExceeded,
+    InvalidRequest,
     MountFailed,
     NotFound,
     PermissionDenied,
@@ -36,6 +38,7 @@ from volumed.testing import crash
 from volumed.testing.conformance import DriverConformance, MakeDriver
 from volumed.units import MIB
 from volumed_drivers.cephfs import CephFsDriver, CephFsOptions
+from volumed_drivers.cephfs_volumes import State, Subvolume
 
 pytestmark = pytest.mark.root
 
@@ -257,6 +260,9 @@ def test_one_that_is_being_filled_stands_in_nobodys_way(
     finally:
         ceph.ceph("config", "rm", "mgr", "mgr/volumes/snapshot_clone_delay")
     driver.restore(handle, snapshots[0])
+    driver._volumes._ask_of("metadata rm", handle, key_name="volumed")
+    with pytest.raises(BackendError, match="nothing tells what subvolume v.* is for, so it is left as it is"):
+        driver.restore(handle, snapshots[0])  # it could be the state that is wanted, or not
     driver.delete_snapshot(snapshots[0])
 
 
@@ -265,6 +271,43 @@ def test_what_is_nobodys_volume_is_not_deleted(driver: CephFsDriver) -> None:
     with pytest.raises(NotFound, match="theirs is not ours"):
         driver.delete(Handle("theirs"))
     assert list(driver.importable()) == ["theirs"]
+
+
+def make_old(group: Path, name: str, *, layout: bool) -> None:
+    """A subvolume as Ceph 14 made it, with a snapshot; without its layout the manager fails to tell of it."""
+    tree = group / name / str(uuid.uuid4())
+    tree.mkdir(parents=True)
+    path = f"/volumes/{group.name}/{name}/{tree.name}"
+    (group / name / ".meta").write_text(f"[GLOBAL]\nversion = 1\ntype = subvolume\npath = {path}\nstate = complete\n\n")
+    os.setxattr(tree, "ceph.dir.subvolume", b"1")
+    if layout:
+        os.setxattr(tree, "ceph.dir.layout.pool", b"files-data")
+    (tree / ".snap" / "theirs").mkdir()
+
+
+def test_one_of_an_old_format_is_not_imported_before_it_has_the_new_one(
+    ceph: Ceph, driver: CephFsDriver, make_cephfs: MakeCephFs, tmp_path: Path
+) -> None:
+    """And one that is broken hides no other."""
+    admin = make_cephfs(user="admin", key=f"file:{ceph.folder}/client.admin.keyring")
+    group = tmp_path / driver._options.group
+    group.mkdir()
+    admin._mount(Handle("group"), Subvolume(State.COMPLETE, f"/volumes/{group.name}"), group)
+    try:
+        make_old(group, "old", layout=True)
+        make_old(group, "broken", layout=False)
+    finally:
+        admin.unmount(Handle("group"), group)
+    spec = VolumeSpec(new_volume_id(), None, VolumeMode.FILESYSTEM, driver.VolumeOptions())
+    assert (list(driver.list()), list(driver.importable())) == ([], [])
+    with pytest.raises(InvalidRequest, match=f"{group.name}/old: is of an old format.*. import a clone of it"):
+        driver.adopt("old", spec)
+    driver._volumes.remove_snapshot("old", "theirs")
+    assert list(driver.importable()) == ["old"]
+    handle = driver.adopt("old", spec).handle
+    snapshot = driver.snapshot(handle, new_snapshot_id())
+    driver.restore(handle, snapshot)
+    driver.delete_snapshot(snapshot)
 
 
 # Clients and servers that fail
