@@ -358,6 +358,7 @@ class Migration(Record, frozen=True, kw_only=True, omit_defaults=True):
     wait: bool = False  # until nobody uses it, instead of holding its users still
     accepted: tuple[str, ...] = ()  # what may be lost
     paused: bool = False
+    aborted: bool = False  # by an operator
     attempt: int = 0  # how often it failed and was begun again
     error: str = ""
     expected: int = 0  # bytes to copy, as estimated

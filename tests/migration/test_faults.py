@@ -8,6 +8,8 @@ import os
 import re
 import secrets
 import shutil
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,9 +21,11 @@ import pytest
 
 from tests.conftest import filesystems, fill_disk, sh, wait_until
 from tests.engines.test_docker_ceph import backend_table
+from tests.harness.cables import cut
 from tests.harness.ceph import FILESYSTEM, POOL, Ceph
 from tests.harness.files import backend_tables
 from tests.harness.gluster import Gluster, running_gluster
+from tests.harness.processes import Process
 from tests.harness.volumed import Volumed
 from tests.migration.conftest import Mover
 from tests.migration.test_matrix import end_clients
@@ -30,7 +34,7 @@ from volumed.units import MIB
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 SLOW = "4m"
-PATIENCE = 4  # seconds after which a Gluster client gives a silent brick up
+PATIENCE = 4  # seconds: a Gluster client asks so often, and waits so long, whether its brick is there
 SIZED = ("sized", "ceph")
 
 
@@ -42,6 +46,8 @@ class Network(Mover):
         """`disk`: of the brick that is `small`; `group`: of the subvolumes, and in the names of the buckets."""
         super().__init__(volumed)
         self.ceph, self.gluster, self.disk, self.group = ceph, gluster, disk, group
+        (osd,) = ceph.told("osd", "dump")["osds"]
+        self.osd_ports = [int(each["addr"].rpartition(":")[2]) for each in osd["public_addrs"]["addrvec"]]
 
     # A volume `data` with files of 4 MiB, and what becomes of it
     def fill(self, backend: str, count: int = 6) -> dict[str, bytes]:
@@ -62,10 +68,13 @@ class Network(Mover):
         """Until some of it is copied."""
         wait_until(lambda: ((self.state(reference)["progress"] or {}).get("done") or 0) >= least, timeout=90)
 
-    def pause_after(self, reference: str, least: int) -> None:
-        self.wait_for_some(reference, least)
+    def step(self, reference: str) -> str:
+        return str((self.state(reference)["progress"] or {}).get("step"))
+
+    def pause(self, reference: str) -> None:
         self.volumed.api.post("migrations", reference, "pause")
-        assert self.outcome(reference)["paused"]
+        wait_until(lambda: self.state(reference)["progress"] is None)
+        assert self.state(reference)["paused"]
 
     def hurry(self, reference: str) -> None:
         """It goes on, if it was paused, as fast as it can."""
@@ -82,6 +91,19 @@ class Network(Mover):
             yield
         finally:
             self.ceph.resume("osd.0") if backend == "ceph" else self.gluster.revive_brick("files")
+
+    def cut_off(self, backend: str) -> contextlib.AbstractContextManager[None]:
+        """No packet reaches the server of the data, or comes from it."""
+        if backend == "gluster":
+            return cut(self.gluster.address)
+        return cut(self.ceph.address, self.osd_ports)
+
+    def assert_answers(self, backend: str) -> None:
+        """It notices nothing of what happens to another."""
+        self.create("other", backend, **({"size": "64m"} if backend in SIZED else {}))
+        (self.mount("other", "id-2") / "file").write_text("answers")
+        self.unmount("other", "id-2")
+        self.volumed.api.delete("volumes", "other")
 
     def on_target(self, backend: str) -> list[str]:
         """Names with a volume's id in them."""
@@ -208,7 +230,8 @@ def test_a_flipped_byte_is_caught_and_named(
 ) -> None:
     content = network.fill(source)
     reference = network.begin("data", target, bandwidth=SLOW)
-    network.pause_after(reference, 12 * MIB)
+    network.wait_for_some(reference, 12 * MIB)
+    network.pause(reference)
     told = flip(network)
     network.hurry(reference)
     failed = network.outcome(reference)
@@ -250,7 +273,8 @@ def test_a_server_that_is_full_is_named_and_left(
 ) -> None:
     content = network.fill("local")
     reference = network.begin("data", target, bandwidth=SLOW)
-    network.pause_after(reference, 8 * MIB)
+    network.wait_for_some(reference, 8 * MIB)
+    network.pause(reference)
     with full(network):
         network.hurry(reference)
         failed = network.outcome(reference)
@@ -277,3 +301,98 @@ def test_a_server_that_is_gone_for_a_while_costs_nothing_but_time(network: Netwo
     ended = network.outcome(reference)
     assert ended["phase"] in ("kept", "done", "failed"), ended
     network.assert_whole(content, source if ended["phase"] == "failed" else target)
+
+
+@pytest.mark.parametrize("pair", [("local", "gluster"), ("sized", "ceph"), ("local", "files")], ids="-".join)
+def test_a_move_to_a_server_that_is_gone_for_good_is_aborted(network: Network, pair: tuple[str, str]) -> None:
+    source, target = pair
+    content = network.fill(source)
+    reference = network.begin("data", target, bandwidth=SLOW)
+    network.wait_for_some(reference, 8 * MIB)
+    with network.gone("gluster") if target == "gluster" else network.cut_off("ceph"):
+        network.hurry(reference)
+        if target == "gluster":
+            wait_until(lambda: "Transport endpoint is not connected" in network.state(reference)["error"])
+            assert network.state(reference)["error"].startswith("volume data: the tree cannot be copied")
+        network.volumed.api.post("migrations", reference, "abort")
+        path = network.mount("data")
+        assert {each.name: each.read_bytes() for each in path.iterdir()} == content
+        network.unmount("data")
+        assert network.state(reference)["phase"] == "aborting"
+        assert network.volume("data")["backend"] == source
+    ended = network.outcome(reference)
+    assert (ended["phase"], ended["error"]) == ("aborted", "")
+    assert network.on_target(target) == []
+    network.assert_whole(content, source)
+
+
+# Cables that are cut
+WRITER = """
+import os, sys, time
+with open(sys.argv[1], "a") as file:
+    for number in range(1000000):
+        file.write(f"{number}\\n")
+        file.flush()
+        os.fsync(file.fileno())
+        print(number, flush=True)
+        time.sleep(0.01)
+"""
+
+
+# Longer than it takes a client to see it: Gluster's then fails what it was asked for, Ceph's connects anew.
+CUT = {"gluster": 2 * PATIENCE + 2, "ceph": 12}
+
+
+@pytest.fixture
+def write_lines(tmp_path: Path) -> Iterator[Callable[[Path], Process]]:
+    """A process that writes them into a file, and says each as soon as it is on storage."""
+    with contextlib.ExitStack() as ends:
+
+        def write(path: Path) -> Process:
+            writer = Process([sys.executable, "-c", WRITER, path], log=tmp_path / "written")
+            ends.callback(writer.end, signal.SIGKILL)
+            return writer
+
+        yield write
+
+
+@pytest.mark.parametrize(
+    "pair", [("local", "gluster"), ("gluster", "local"), ("sized", "ceph"), ("ceph", "sized")], ids="-".join
+)
+def test_a_cut_cable_costs_a_volume_in_use_nothing(
+    network: Network, pair: tuple[str, str], write_lines: Callable[[Path], Process]
+) -> None:
+    """In the copy, and in the last round."""
+    source, target = pair
+    remote, other = ("ceph", "gluster") if "ceph" in pair else ("gluster", "ceph")
+    content = network.fill(source)
+    path = network.mount("data")
+    writer = write_lines(path / "lines")
+    reference = network.begin("data", target, bandwidth=SLOW, keep_source="0s")
+    network.wait_for_some(reference, 8 * MIB)
+    with network.cut_off(remote):
+        network.hurry(reference)
+        ends = time.monotonic() + CUT[remote]
+        network.assert_answers(other)
+        network.assert_answers("local")
+        time.sleep(max(0.0, ends - time.monotonic()))
+        assert network.volume("data")["backend"] == source
+    wait_until(lambda: network.step(reference) == "waiting until nobody uses it", timeout=90)
+    network.pause(reference)
+    writer.end(signal.SIGKILL)
+    (path / "late").write_bytes(os.urandom(8 * MIB))
+    content = {each.name: each.read_bytes() for each in path.iterdir() if each.name != "lost+found"}
+    acknowledged = [line for line in writer.said().splitlines() if line.isdigit()]
+    assert content["lines"].decode().splitlines()[: len(acknowledged)] == acknowledged != []
+    network.unmount("data")
+    network.volumed.api.post("migrations", reference, "throttle", body={"bandwidth": "2m"})
+    network.volumed.api.post("migrations", reference, "resume")
+    wait_until(lambda: network.state(reference)["phase"] == "quiesced")
+    with network.cut_off(remote):
+        network.hurry(reference)
+        time.sleep(CUT[remote])
+        if remote == target:  # of a source this machine may have in memory what is left to read
+            assert network.volume("data")["backend"] == source
+    ended = network.outcome(reference)
+    assert ended["phase"] in ("kept", "done"), ended
+    network.assert_whole(content, target)

@@ -134,7 +134,9 @@ class Migrations:
             migration = self._before_commit(reference, "aborted")
             try:
                 if migration.phase is not MigrationPhase.ABORTING:
-                    migration = self._records.advance(migration, MigrationPhase.ABORTING, paused=False)
+                    migration = self._records.advance(
+                        migration, MigrationPhase.ABORTING, aborted=True, paused=False, error=""
+                    )
             except Stopped:
                 continue  # it went on in this very moment: look again
             self._halt(migration.id)

@@ -384,13 +384,13 @@ class Move:
         )
         place.destroy(at(gone, self.migration.target))
         crash.point("migrate.destroyed")
-        self._advance(self._end_of_the_way_back())
+        self._advance(self._end_of_the_way_back(), error="" if self.migration.aborted else self.migration.error)
         place.forget()
 
     def _end_of_the_way_back(self) -> MigrationPhase:
         if any(phase is MigrationPhase.KEPT for phase, _ in self.migration.phases):
             return MigrationPhase.ROLLED_BACK
-        return MigrationPhase.FAILED if self.migration.error else MigrationPhase.ABORTED
+        return MigrationPhase.ABORTED if self.migration.aborted else MigrationPhase.FAILED
 
     def _close(self) -> None:
         if self._mover is not None:

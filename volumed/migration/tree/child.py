@@ -62,7 +62,7 @@ class Child:
                 self._progress()
                 _say({"stopped": True})
             except OSError as error:
-                _say({"failed": error.strerror or str(error), "path": "", "errno": error.errno or 0})
+                _say(_failed(error))
             self._pool.shared.stop(stopped=False)
 
     def _listen(self) -> None:
@@ -169,6 +169,10 @@ def _tree(path: str, losses: frozenset[str]) -> Tree:
     return Tree(root, project=found[1] if found else 0, losses=losses, remote=not is_local(path))
 
 
+def _failed(error: OSError) -> dict[str, Any]:
+    return {"failed": error.strerror or str(error), "path": "", "errno": error.errno or 0}
+
+
 def _say(answer: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(answer) + "\n")
     sys.stdout.flush()
@@ -176,11 +180,17 @@ def _say(answer: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     settings = json.loads(sys.stdin.readline())
-    Child(
-        settings["source"],
-        settings["target"],
-        settings["workdir"],
-        losses=frozenset(settings["losses"]),
-        filled=settings["filled"],
-        workers=settings["workers"],
-    ).serve()
+    try:
+        child = Child(
+            settings["source"],
+            settings["target"],
+            settings["workdir"],
+            losses=frozenset(settings["losses"]),
+            filled=settings["filled"],
+            workers=settings["workers"],
+        )
+    except OSError as error:
+        _say(_failed(error))  # whatever it is told
+        sys.stdin.read()
+    else:
+        child.serve()
