@@ -370,7 +370,7 @@ class Migration(Record, frozen=True, kw_only=True, omit_defaults=True):
     snapshots: tuple[Snapshot, ...] = ()  # that stay behind at the source
     phases: tuple[tuple[MigrationPhase, datetime], ...] = ()  # when each was entered
     kept_until: datetime | None = None
-    untouched: bool = False  # past the commit point, and nobody was let to the new place: there is a way back by itself
+    untouched: bool = False  # past the commit point, and nobody can have seen the new place: there is a way back
     reclaiming: bool = False  # the old place may be half gone: there is no way back to it
     returns: MigrationId | None = None  # the move that this one undoes, carrying back what was written since
 

@@ -208,7 +208,8 @@ class DirectoryDriver(FilesystemDriver, SupportsExpand, SupportsCapacity, Suppor
             ) from None
 
     def owns_mount(self, handle: Handle, target: Path) -> bool:
-        return self.host.is_same(self._path / handle / "data", target)
+        data = (self._path / handle / "data").resolve()  # an operator may have put a link there
+        return self.host.is_same(data, target)
 
     def expand(self, handle: Handle, size: int) -> int:
         folder = self._path / handle

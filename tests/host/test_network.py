@@ -66,6 +66,21 @@ def test_what_is_mounted_is_told_without_its_server(
         host.unmount(other)
 
 
+def test_force_spares_the_others_of_one_file_system(
+    server: Server, tree: Path, tmp_path: Path, host: LinuxHost
+) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for each in (one, other):
+        each.mkdir()
+        host.bind(tree, each)
+    try:
+        host.unmount_network(one, force=True)
+        assert not host.is_mountpoint(one)
+        assert host.tree_status(other).total
+    finally:
+        host.unmount_network(other)
+
+
 def test_a_server_that_does_not_answer(server: Server, tree: Path, host: LinuxHost) -> None:
     server.stop()
     with pytest.raises(DeadlineExceeded, match=f"{tree}: its server does not answer"):

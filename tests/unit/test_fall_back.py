@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pytest
 
 from tests.unit.conftest import Lab
-from volumed.errors import BackendUnavailable, HostError
+from volumed.core import mounts
+from volumed.driver import Facts
+from volumed.errors import BackendUnavailable, HostError, InUse, OperationPending
 from volumed.migration.move import Move
 from volumed.migration.movers.mover import Control
 from volumed.migration.places import OtherPlace, at, place_of
 from volumed.migration.records import Records
-from volumed.migration.site import Site
 from volumed.migration.undo import Undo
 from volumed.model import (
     AccessMode,
     Attachment,
+    Binding,
+    Engine,
+    Handle,
     Migration,
     MigrationPhase,
     MovePath,
@@ -27,6 +33,7 @@ from volumed.model import (
     new_volume_id,
     now,
 )
+from volumed.testing import crash
 
 DEAD = HostError("the server is gone")
 
@@ -90,8 +97,8 @@ def test_it_is_where_it_was(moved: Moved) -> None:
 
 
 def used(moved: Moved) -> None:
-    moved.lab.mount(moved.volume)
-    moved.lab.unmount(moved.volume)
+    with moved.lab.core.repository.transaction() as transaction:
+        transaction.disturb(moved.volume.id)
 
 
 def shown(moved: Moved) -> None:
@@ -109,7 +116,14 @@ def old_place_dead(moved: Moved) -> None:
     moved.lab.driver("one").fail("inspect", BackendUnavailable("is gone as well"))
 
 
-@pytest.mark.parametrize("spoil", [used, shown, attached, old_place_dead])
+def old_disk_dead(moved: Moved) -> None:
+    def inspect(handle: Handle) -> Facts:
+        raise OSError(errno.EIO, handle)
+
+    moved.lab.driver("one").inspect = inspect  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("spoil", [used, shown, attached, old_place_dead, old_disk_dead])
 def test_it_stays_when_somebody_may_have_written_there(moved: Moved, spoil: Callable[[Moved], None]) -> None:
     spoil(moved)
     assert not moved.fall_back()
@@ -117,17 +131,42 @@ def test_it_stays_when_somebody_may_have_written_there(moved: Moved, spoil: Call
     assert moved.records.get("data").phase is MigrationPhase.CUTOVER
 
 
-def test_what_comes_up_too_late_is_taken_away(moved: Moved) -> None:
-    new = moved.volume
-    site = Site(moved.lab.core, moved.move.migration)
-    assert moved.fall_back()
-    site._establish(new, moved.lab.core.backends.get("two"))
-    assert moved.lab.mounted() == set()
-
-
-def test_until_it_is_shown_nothing_else_changes_the_volume(moved: Moved) -> None:
-    core = moved.lab.core
-    assert core.repository.migration_of(moved.volume.id) is not None
-    moved.move.run()
+def test_until_it_is_shown_nobody_gets_the_volume(moved: Moved) -> None:
+    lab, core = moved.lab, moved.lab.core
+    with pytest.MonkeyPatch.context() as impatient:
+        impatient.setattr(mounts, "SWITCH_TIMEOUT", 0.0)
+        with pytest.raises(OperationPending, match="switched to backend two"):
+            lab.mount(moved.volume)
+    with pytest.raises(InUse, match="being moved to backend two"):
+        core.volumes.remove("data")
+    assert lab.bound() == []
+    assert not core.repository.disturbed(moved.volume.id)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(lab.mount, moved.volume)
+        moved.move.run()
+        waiting.result(30)
     assert moved.records.get("data").phase is MigrationPhase.KEPT
-    assert core.repository.migration_of(moved.volume.id) is None
+    assert lab.host.source_of(core.mounts.presence.path(moved.volume.id)).is_relative_to(lab.storages["two"].folder)
+
+
+def test_until_it_is_shown_it_is_not_at_the_volumes_path(moved: Moved, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the move, which looks at it elsewhere, nor by the reconciler: whoever is bound sees the old place."""
+    lab, core = moved.lab, moved.lab.core
+    with core.repository.transaction() as transaction:
+        transaction.put(
+            Binding(volume_id=moved.volume.id, node=core.node, engine=Engine.DOCKER, mount_id="frozen", since=now())
+        )
+    core.reconciler.run()
+    assert lab.mounted() == set()
+    moved.move.migration = moved.records.change(moved.move.migration.id, held=b"[]")
+    lab.driver("two").fail("mount", BackendUnavailable("is gone"))
+    with pytest.raises(BackendUnavailable):
+        moved.move.run()
+    assert moved.records.get("data").untouched
+    assert lab.mounted() == set()
+    lab.driver("two").heal()
+    seen: dict[str, set[str]] = {}
+    monkeypatch.setattr(crash, "point", lambda name: seen.update({name: lab.mounted()}))
+    moved.move.run()
+    assert seen["migrate.proven"] == set()
+    assert lab.mounted() == {moved.volume.id}

@@ -77,7 +77,7 @@ class Around:
         self.migration = MIGRATION
         self.disturbances = 7
 
-    def show_new_place(self) -> None:
+    def prove_new_place(self) -> None:
         raise HostError("held by a shell")
 
     @property
@@ -101,7 +101,7 @@ class Around:
 def move_of(around: Around, records: Records, monkeypatch: pytest.MonkeyPatch, *, commits: bool) -> Move:
     def last_round(_: Move, known: Known | None) -> None:
         if commits:
-            records.change("m", phase=MigrationPhase.CUTOVER)
+            made.migration = records.change("m", phase=MigrationPhase.CUTOVER, untouched=True)
         else:
             raise HostError("the target is gone")
 

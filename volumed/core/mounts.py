@@ -7,12 +7,14 @@ what should be mounted, and after a crash at any instant `volumed.core.reconcile
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 
+from volumed import context
 from volumed.core.access import Use, attachment_use, conflicts, one_node_only, use_of
 from volumed.core.backends import Backend, Backends, Pending
 from volumed.core.events import Events
@@ -37,6 +39,11 @@ from volumed.testing import crash
 
 # Longer than any file system needs to take a snapshot by reflink, shorter than a database's patience.
 FREEZE_TIMEOUT = 20.0
+SWITCH_TIMEOUT = 100.0  # no engine waits longer
+
+
+class BeingSwitched(OperationPending):
+    """A move of it is past its commit point: in a moment its new place is shown, or it goes back."""
 
 
 class Mounts:
@@ -87,6 +94,16 @@ class Mounts:
         )
 
     def _acquire(self, volume_id: VolumeId, *, engine: Engine, mount_id: str, consumer: Consumer | None) -> Path:
+        ends = time.monotonic() + context.remaining(SWITCH_TIMEOUT)
+        while True:
+            try:
+                return self._acquire_now(volume_id, engine=engine, mount_id=mount_id, consumer=consumer)
+            except BeingSwitched:
+                if time.monotonic() > ends:
+                    raise
+            time.sleep(0.05)
+
+    def _acquire_now(self, volume_id: VolumeId, *, engine: Engine, mount_id: str, consumer: Consumer | None) -> Path:
         with self._locks.hold(volume_id):
             volume = self.usable(volume_id)
             backend = self._backends.get(volume.backend)  # it may have been moved while we waited
@@ -113,13 +130,20 @@ class Mounts:
 
     def take(self, volume: Volume, backend: Backend, binding: Binding, held: Binding | None = None) -> Path:
         """Write the binding, in the place of `held`, and mount the volume; both or neither. The caller holds the
-        volume's lock. Raises InUse when an access mode forbids it, and what mounting raises."""
+        volume's lock. Raises InUse when an access mode forbids it, BeingSwitched, and what mounting raises."""
+        migration = self._repository.migration_of(volume.id)
+        if migration is not None and migration.phase.committed:
+            raise BeingSwitched(
+                f"is being switched to backend {volume.backend}",
+                subject=f"volume {volume.name}",
+                hint="try again in a moment",
+            )
         bound = self._repository.bindings(volume.id)
         if not binding.staging:
             self._check_access(volume, binding, bound)
         with self._repository.transaction() as transaction:
             transaction.put(binding)
-            if self._repository.migration_of(volume.id) is not None and binding.engine is not Engine.VOLUMED:
+            if migration is not None and binding.engine is not Engine.VOLUMED:
                 transaction.disturb(volume.id)
         crash.point("mount.bound")
         try:

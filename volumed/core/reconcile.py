@@ -162,6 +162,9 @@ class Reconciler:
                 return  # the journal's, not ours
             backend = self._backends.get(volume.backend)
             held = self._repository.bindings(volume_id, node=self._node)
+            migration = self._repository.migration_of(volume_id)
+            if migration is not None and migration.phase.committed:
+                return  # its move shows it, or takes it back
             if held and all(binding.engine is Engine.VOLUMED and binding.block for binding in held):
                 return  # its blocks are being moved, and nobody else is there
             desired = Desired.BOUND if held else Desired.UNBOUND

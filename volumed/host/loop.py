@@ -38,6 +38,7 @@ BLOCK_SIZE = 4096
 _seen: dict[tuple[int, int], Path] = {}
 
 _SYS_BLOCK = Path("/sys/block")
+_DELETED = " (deleted)"  # how sysfs shows a file that has no name any more
 _CONTROL = Path("/dev/loop-control")
 
 
@@ -116,7 +117,7 @@ def attached(*, only: str | None = None) -> Iterator[Loop]:
         shown = _backing_file(entry.path)
         if shown is None or (only is not None and shown != only):
             continue
-        loop = _status(Path("/dev", entry.name), shown.removesuffix(" (deleted)"))
+        loop = _status(Path("/dev", entry.name), shown.removesuffix(_DELETED))
         if loop is not None:
             yield loop
 
@@ -172,7 +173,7 @@ def detach(device: Path) -> None:
     for inode in [inode for inode, known in list(_seen.items()) if known == device]:
         _seen.pop(inode, None)
     ends = time.monotonic() + 0.5  # udev opens a device for a moment when it changes
-    while had is not None and _backing_file(block) == had:
+    while had is not None and (_backing_file(block) or "").removesuffix(_DELETED) == had.removesuffix(_DELETED):
         if time.monotonic() > ends:
             raise InUse("is held by", holders=["a mount or a process that has it open"], subject=f"device {device}")
         time.sleep(0.005)

@@ -53,6 +53,7 @@ _FLAGS = _PER_MOUNT | {
 _DEFAULTS = frozenset({"rw", "suid", "dev", "exec", "async", "atime", "diratime", "defaults"})
 
 # statx(2): whether a path is the root of a mount, asked of the kernel, not of the server (linux 5.8 and newer)
+OWN_TABLE = Path("/proc/self/mountinfo")
 _AT_FDCWD, _AT_SYMLINK_NOFOLLOW, _AT_STATX_DONT_SYNC = -100, 0x100, 0x4000
 _AT_NO_AUTOMOUNT = 0x800
 _STATX_ATTR_MOUNT_ROOT = 0x2000
@@ -175,6 +176,11 @@ def _statx(path: Path) -> bytes | None:
     return buffer.raw
 
 
+def read_table(path: Path = OWN_TABLE) -> list[MountEntry]:
+    """A mount table as it is now. Undecodable bytes of paths survive as surrogates, as everywhere in Python's paths."""
+    return parse_mountinfo(path.read_bytes().decode("utf-8", "surrogateescape"))
+
+
 def parse_mountinfo(text: str) -> list[MountEntry]:
     """proc(5): `36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue`."""
     entries = []
@@ -209,7 +215,7 @@ def _decoded(text: str) -> str:
 class MountTable:
     """/proc/self/mountinfo, read again only after the kernel said that it changed."""
 
-    def __init__(self, path: Path = Path("/proc/self/mountinfo")) -> None:
+    def __init__(self, path: Path = OWN_TABLE) -> None:
         self._path = path
         self._lock = threading.Lock()
         self._entries: list[MountEntry] | None = None
@@ -224,9 +230,7 @@ class MountTable:
     def entries(self) -> Sequence[MountEntry]:
         with self._lock:
             if self._entries is None or _changed(self._reader, 0):
-                # Undecodable bytes of paths survive as surrogates, as everywhere in Python's paths.
-                text = self._path.read_bytes().decode("utf-8", "surrogateescape")
-                self._entries = parse_mountinfo(text)
+                self._entries = read_table(self._path)
             return self._entries
 
     def wait_for_change(self, timeout: float) -> bool:

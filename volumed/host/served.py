@@ -18,7 +18,7 @@ from typing import Any
 from volumed.driver import Worker
 from volumed.errors import DeadlineExceeded
 from volumed.host import left, worker
-from volumed.host.mounts import parse_mountinfo
+from volumed.host.mounts import read_table
 
 START_TIMEOUT = 60.0  # seconds, for Python itself: no server is asked
 # Hanging in one file system; kept for the next call, each of some 10 MiB, and for how many seconds.
@@ -51,8 +51,7 @@ def call(name: str, *arguments: str | int | Path, timeout: float) -> Any:
 def _is_crowded(path: str, hanging: Sequence[str]) -> bool:
     if len(hanging) < MOST:
         return False
-    text = Path("/proc/self/mountinfo").read_bytes().decode("utf-8", "surrogateescape")
-    devices = {str(entry.target): entry.device for entry in parse_mountinfo(text)}
+    devices = {str(entry.target): entry.device for entry in read_table()}
 
     def device(of: str) -> str | None:
         folders = (of, *map(str, Path(of).parents))

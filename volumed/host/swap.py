@@ -16,7 +16,7 @@ from pathlib import Path
 
 from volumed.driver import MountEntry
 from volumed.errors import CommandFailed, InUse, MountFailed
-from volumed.host.mounts import parse_mountinfo
+from volumed.host.mounts import read_table
 from volumed.host.run import run
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -50,10 +50,10 @@ _ATTRIBUTES = {"ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8}  # mount_setattr(2
 def mount_in(pid: int, target: str) -> MountEntry | None:
     """What the process sees mounted there, on top; None when nothing is, or the process is gone."""
     try:
-        text = Path(f"/proc/{pid}/mountinfo").read_bytes().decode("utf-8", "surrogateescape")
+        table = read_table(Path(f"/proc/{pid}/mountinfo"))
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return next((entry for entry in reversed(parse_mountinfo(text)) if str(entry.target) == target), None)
+    return next((entry for entry in reversed(table) if str(entry.target) == target), None)
 
 
 def users(pid: int, entry: MountEntry) -> list[str]:

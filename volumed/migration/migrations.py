@@ -204,15 +204,13 @@ class Migrations:
             if migration.node != self._core.node:
                 continue
             try:
-                with context.request(timeout=10.0):
-                    if migration.phase is MigrationPhase.CUTOVER:
+                if migration.phase is MigrationPhase.CUTOVER and not migration.untouched:
+                    with context.request(timeout=10.0):
                         Site(self._core, migration).show_new_place()
-                    elif migration.fell_back:
-                        Site(self._core, migration).show_old_place()
             except VolumedError as error:
-                _log.warning("volume %s is shown at its place later: %s", migration.volume_name, error)
+                _log.warning("volume %s is shown at its new place later: %s", migration.volume_name, error)
             except Exception:
-                _log.exception("volume %s is shown at its place later", migration.volume_name)
+                _log.exception("volume %s is shown at its new place later", migration.volume_name)
 
     def start(self) -> None:
         """Go on with what was cut short."""
@@ -323,8 +321,8 @@ class Migrations:
         _log.warning("move of %s: %s", migration.volume_name, error, extra={"volume": migration.volume_name})
         if to_the_end or (error.retry_after is not None and attempt <= MOST_ATTEMPTS):
             kept = migration.error if migration.phase is MigrationPhase.ABORTING and migration.error else str(error)
-            if migration.phase.committed and migration.held:
-                there = migration.target.backend
+            if (migration.phase.committed or migration.fell_back) and migration.held:
+                there = (migration.source if migration.fell_back else migration.target).backend
                 limit = self._core.settings.operation_timeout
                 else_back = f", and go back after {limit:g} s" if migration.untouched else ""
                 kept = f"its containers are held until backend {there}, where it lies now, works{else_back}: {error}"

@@ -319,16 +319,16 @@ class Move:
         crash.point("migrate.committed")
 
     # Past the commit point
-    def _patience(self) -> contextlib.AbstractContextManager[str]:
-        """For storage that hangs, while people wait."""
-        return context.request(context.request_id.get(), timeout=self._core.settings.operation_timeout)
-
     def _show_new_place(self) -> None:
-        """From when it is written down that it was shown, whoever was held may go on there."""
-        with self._patience():
-            self._site.show_new_place()
+        """Up to the mark nobody can see it, and there is a way back (`Undo.fall_back`). Those who are held still go on at
+        a place that works."""
         if self.migration.untouched:
+            if self.migration.held:
+                with context.request(context.request_id.get(), timeout=self._core.settings.operation_timeout):
+                    self._site.prove_new_place()
+            crash.point("migrate.proven")
             self.migration = self._records.change(self.migration.id, untouched=False)
+        self._site.show_new_place()
 
     def _go_over(self) -> None:
         self._show_new_place()
@@ -364,12 +364,8 @@ class Move:
         self._close()
         core = self._core
         if self.migration.fell_back:
-            with self._patience():
-                self._site.show_old_place()
-            if self.migration.held:
-                self._release_held(moved=True)  # whatever they see now, it will be the old place
-        else:
-            self.let_go()
+            self._site.keep_old_place()
+        self.let_go()
         volume = core.repository.volume(self.migration.volume_id)
         if volume is not None:
             with core.locks.hold(volume.id):

@@ -8,19 +8,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from volumed import context
 from volumed.core.backends import Backend
 from volumed.core.core import Core
 from volumed.core.mounts import describe_each
-from volumed.core.presence import Observed, handle_of
+from volumed.core.presence import Observed
+from volumed.core.reach import attacher
 from volumed.driver import BlockDriver, FilesystemDriver
 from volumed.errors import InUse, NotFound, NotSupported, VolumedError
 from volumed.host.holders import holders_of_mount, is_claimed
 from volumed.migration.movers.mover import Control
 from volumed.migration.places import OtherPlace, at, device_of, source_and_target
-from volumed.model import Binding, Engine, Migration, MovePath, Volume, now
+from volumed.model import Binding, Engine, Migration, MovePath, Volume, VolumeMode, now
 from volumed.testing import crash
 
 _log = logging.getLogger(__name__)
+# Seconds for a server to answer that may still be writing what it was given.
+SLOW = 60.0
 
 
 class Busy(VolumedError):
@@ -169,62 +173,50 @@ class Site:
                 hint="something has its file system mounted outside of volumed's knowledge",
             )
 
-    def show_new_place(self) -> None:
-        """At the volume's path on this node: what its record says now, if anybody holds it, or is held still to go on
-        there."""
+    def prove_new_place(self) -> None:
+        """That it comes up and answers, beside the volume's path: there nobody sees it. Not of storage that attaches to
+        machines, which would have to detach in between."""
         with self.locked() as volume:
-            source, target = source_and_target(self.migration, volume)
-            self._show(target, instead_of=source, given_up=False)
-
-    def show_old_place(self) -> None:
-        """As `show_new_place`, once the record says the old one again: whatever the new one's storage answers."""
-        with self.locked() as volume:
-            source, target = source_and_target(self.migration, volume)
-            self._show(source, instead_of=target, given_up=True)
-
-    def _show(self, place: Volume, *, instead_of: Volume, given_up: bool) -> None:
-        presence, backend = self._core.mounts.presence, self.backend(place)
-        if self.migration.path is MovePath.LIVE:
-            self.lead(place)
-        if backend.call(lambda: presence.observe(place, backend.driver)) is not Observed.MOUNTED:
-            try:
-                self._hide(instead_of, given_up=given_up)
-            except VolumedError as error:
-                # A device alone may be held, by frozen containers, until they were let go; and what is given up is
-                # destroyed when its storage works.
-                mounted = self._core.host.is_mountpoint(presence.path(place.id))
-                if mounted or not (given_up or isinstance(error, InUse)):
-                    raise
-        crash.point("migrate.hidden")
-        if self.migration.held or self._core.repository.bindings(place.id, node=self._core.node):
-            backend.call(lambda: self._establish(place, backend))
-        else:
-            backend.call(lambda: presence.remove(place, backend.driver))
-
-    def _hide(self, place: Volume, *, given_up: bool) -> None:
-        """Unless it is somebody else's that lies at the volume's path. `given_up`: its server is not waited for."""
-        core, backend = self._core, self.backend(place)
-        driver, presence = backend.driver, core.mounts.presence
-        path = presence.path(place.id)
-        if isinstance(driver, FilesystemDriver):
-            mounted = core.host.is_mountpoint(path)
-            if mounted and not driver.owns_mount(handle_of(place), path):
-                return
-            if given_up and mounted and driver.remote:
-                core.host.unmount_network(path, force=True)
-        elif backend.call(lambda: presence.observe(place, driver)) is Observed.FOREIGN:
+            target = at(volume, self.migration.target)
+        backend, place = self.backend(target), self.other()
+        if attacher(backend) is not None:
             return
-        backend.call(lambda: presence.remove(place, driver))
+        block = target.mode is VolumeMode.BLOCK
+        opened = place.open(target, MovePath.BLOCK if block else MovePath.TREE)
+        if isinstance(backend.driver, FilesystemDriver) and backend.driver.remote:
+            self._core.host.tree_status(opened, timeout=context.remaining(SLOW))  # a mount says little of its server
+        place.close(target)
 
-    def _establish(self, place: Volume, backend: Backend) -> None:
-        """Storage that hangs may do it when nobody waits any more, and the volume lies elsewhere again."""
-        presence, driver = self._core.mounts.presence, backend.driver
-        path = presence.establish(place, driver)
-        if isinstance(driver, FilesystemDriver) and driver.remote:
-            self._core.host.tree_status(path)  # that it could be mounted says little of its server
-        current = self._core.repository.volume(place.id)
-        if current is None or current.stored_as != place.stored_as:
-            presence.remove(place, driver)
+    def show_new_place(self) -> None:
+        """At the volume's path on this node: what its record says now, and only if anybody holds it."""
+        core, presence = self._core, self._core.mounts.presence
+        with self.locked() as volume:
+            source, target = source_and_target(self.migration, volume)
+            old, new = self.backend(source), self.backend(target)
+            if self.migration.path is MovePath.LIVE:
+                self.lead(target)
+            shown = new.call(lambda: presence.observe(target, new.driver))
+            if shown is not Observed.MOUNTED and (
+                old.call(lambda: presence.observe(source, old.driver)) is not Observed.FOREIGN
+            ):
+                try:
+                    old.call(lambda: presence.remove(source, old.driver))
+                except InUse:
+                    if core.host.is_mountpoint(presence.path(volume.id)):
+                        raise
+                    # Its device alone is held, by frozen containers: it goes when they were let go.
+            crash.point("migrate.hidden")
+            if core.repository.bindings(volume.id, node=core.node):
+                new.call(lambda: presence.establish(target, new.driver))
+            else:
+                new.call(lambda: presence.remove(target, new.driver))
+
+    def keep_old_place(self) -> None:
+        """At the volume's path, where it still is unless the machine was started anew; for those that are held."""
+        with self.locked() as volume:
+            backend, presence = self.backend(volume), self._core.mounts.presence
+            if self.migration.held or self._core.repository.bindings(volume.id, node=self._core.node):
+                backend.call(lambda: presence.establish(volume, backend.driver))
 
     def lead(self, place: Volume) -> float:
         """The volume's node to this place alone, if it is there at all; see `Layer.lead`. The caller holds the volume's

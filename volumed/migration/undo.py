@@ -66,6 +66,8 @@ class Undo:
     def _go_back(self, migration: Migration, volume: Volume, *, error: str) -> Migration:
         def switch(transaction: Transaction) -> None:
             transaction.put(at(volume, migration.source), previous=volume)
+            if migration.untouched:
+                transaction.expect_calm(volume.id)
             for snapshot in migration.snapshots:
                 transaction.put(msgspec.structs.replace(snapshot, revision=0))
 
@@ -83,13 +85,14 @@ class Undo:
         """Past the commit point, of a move whose new place does not come up: as an abort before it, if nobody can have
         written there and the old place works. Whether it was done."""
         core, to, back = self._core, migration.target, migration.source
-        with core.locks.hold(migration.volume_id):
+        with core.locks.hold(migration.volume_id, wait=ANSWERING):
             migration = self._records.get(migration.id)
             volume = core.repository.volume(migration.volume_id)
             if not migration.untouched or volume is None or volume.stored_as != to.stored_as:
                 return False
-            elsewhere = any(there.node != core.node for there in core.repository.attachments(volume.id))
-            if elsewhere or core.repository.disturbed(volume.id):
+            attachments = core.repository.attachments(volume.id)
+            attached = any(there.ordered or there.node != core.node for there in attachments)
+            if attached or core.repository.disturbed(volume.id):
                 return False
             if not self._works(at(volume, back)):
                 return False
@@ -110,7 +113,7 @@ class Undo:
         try:
             with context.request(context.request_id.get(), timeout=ANSWERING):
                 backend.call(lambda: backend.driver.inspect(handle_of(volume)))
-        except VolumedError as error:
+        except Exception as error:  # (whatever it is, it does not work)
             _log.warning("volume %s cannot go back to backend %s: %s", volume.name, backend.name, error)
             return False
         return True

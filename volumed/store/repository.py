@@ -187,6 +187,9 @@ class Transaction:
         """Who comes from now on shows."""
         self.deletes.append(f"disturbed/{volume_id}")
 
+    def expect_calm(self, volume_id: VolumeId) -> None:
+        self.expect[f"disturbed/{volume_id}"] = 0
+
     def touch(self, volume_id: VolumeId, *, rewritten: bool = False) -> None:
         """Its blocks are not what they were, by volumed's own doing; `rewritten`: nor are its files."""
         self.puts[f"{'rewritten' if rewritten else 'touched'}/{volume_id}"] = datetime.now(UTC).isoformat().encode()

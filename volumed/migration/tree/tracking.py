@@ -282,9 +282,8 @@ def _mark_path(group: int, path: str) -> None:
 
 def _mount_of(path: str) -> tuple[str, str] | None:
     """Type and device of the file system that holds the directory."""
-    text = Path("/proc/self/mountinfo").read_bytes().decode("utf-8", "surrogateescape")
     found = None
-    for entry in mounts.parse_mountinfo(text):
+    for entry in mounts.read_table():
         target = str(entry.target)
         if path == target or path.startswith(target if target == "/" else f"{target}/"):
             found = entry if found is None or len(target) >= len(str(found.target)) else found

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from volumed.core.core import Core
-from volumed.errors import InUse, NotSupported, VolumedError
+from volumed.errors import InUse, MountFailed, NotSupported, VolumedError
 from volumed.host import swap
 from volumed.migration.move import StopWriters
 from volumed.migration.movers.mover import Writers
@@ -175,7 +175,9 @@ class ContainerWriters(Writers):
         try:
             for target in held.targets:
                 own, entry = swap.mount_in(os.getpid(), str(self._path)), swap.mount_in(pid, target)
-                if own is None or entry is None or (entry.device, entry.root) != (own.device, own.root):
+                if own is None:
+                    raise MountFailed("nothing is mounted there", subject=str(self._path))
+                if entry is None or (entry.device, entry.root) != (own.device, own.root):
                     swap.swap(pid, target, self._path)
         except VolumedError:
             if not paused:
