@@ -117,7 +117,7 @@ def test_both_outlive_the_daemon_and_the_client(docker: Docker, volumed: Volumed
     assert volumed.api.get("doctor") == []
 
 
-@pytest.mark.parametrize(("name", "point"), [("writer", "migrate.committed"), ("idle", "migrate.hidden")])
+@pytest.mark.parametrize(("name", "point"), [("writer", "migrate.committed"), ("idle", "migrate.proven")])
 def test_its_containers_go_back_when_the_new_place_dies_right_after_the_switch(
     name: str, point: str, docker: Docker, volumed: Volumed, gluster: Gluster, plugin: str
 ) -> None:

@@ -320,7 +320,7 @@ class Move:
 
     # Past the commit point
     def _show_new_place(self) -> None:
-        """Up to the mark nobody can see it, and there is a way back (`Undo.fall_back`). Those who are held still go on at
+        """Up to the mark nobody can see it, and there is a way back (`Undo.fall_back`). Who is held still goes on at
         a place that works."""
         if self.migration.untouched:
             if self.migration.held:
