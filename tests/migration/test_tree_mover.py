@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import apsw
 import pytest
 
 from tests.conftest import MakeFilesystem, sh, wait_until
@@ -276,6 +277,29 @@ def test_a_copy_cut_short_inside_a_file_is_not_taken_for_whole(sides: tuple[Path
             mover.round(stopping_at(5 * MIB, rate=20 * MIB))
         write(source / "large", old)
         mover.round(Control(), last=True)
+        proven(mover)
+    assert picture(target) == picture(source)
+
+
+def test_after_another_boot_nothing_is_taken_for_unchanged(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    """What a power cut can do, put together: the source has lost what was copied of it, and kept the times."""
+    source, target = sides
+    write(source / "file", random.randbytes(3 * MIB))
+    with mover_of(source, target, tmp_path / "work") as mover:
+        mover.round(Control())
+        proven(mover)
+    with (source / "file").open("r+b") as file:
+        file.write(b"as it was before")
+    os.utime(source / "file", ns=(0, (target / "file").stat().st_mtime_ns))
+    time.sleep(0.2)  # beyond the grain of the clock
+    manifest = apsw.Connection(str(tmp_path / "work" / "tree.db"))
+    manifest.execute("UPDATE entry SET ctime = ? WHERE path = ?", ((source / "file").stat().st_ctime_ns, b"file"))
+    with mover_of(source, target, tmp_path / "work") as mover:
+        assert mover.round(Control()).changed == 0  # so it looks
+    manifest.execute("UPDATE boot SET id = 'another'")
+    manifest.close()
+    with mover_of(source, target, tmp_path / "work") as mover:
+        assert mover.round(Control(), last=True).changed == MIB
         proven(mover)
     assert picture(target) == picture(source)
 

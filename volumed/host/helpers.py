@@ -25,6 +25,7 @@ import msgspec
 from volumed import context, redact
 from volumed.driver import Helper
 from volumed.errors import CommandFailed, HostError
+from volumed.host.boot import boot_id
 from volumed.host.run import ENVIRONMENT
 
 _log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class _Record(msgspec.Struct, frozen=True):
 class Helpers:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        self._boot = boot_id()
         self._children: dict[int, subprocess.Popen[bytes]] = {}  # ours to reap, until we are restarted
         self._starting = threading.Lock()  # two that ask for one name at once get one process
 

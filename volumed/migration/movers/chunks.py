@@ -10,6 +10,8 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from volumed.host.boot import boot_id
+
 CHUNK = 1 << 20
 DIGEST = 32
 ZEROS = blake3(bytes(CHUNK)).digest()
@@ -18,7 +20,6 @@ _HEADER = struct.Struct("=8sQQ36s")  # magic, size, chunk, boot id
 _MAGIC = b"volumed1"
 _START = 4096
 _ENTRY = DIGEST + 1
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class State(enum.IntEnum):
@@ -34,7 +35,7 @@ class Chunks:
     def __init__(self, path: Path, size: int) -> None:
         self.size = size
         self.count = -(-size // CHUNK)
-        header = _HEADER.pack(_MAGIC, size, CHUNK, _BOOT_ID.read_text().strip().encode())
+        header = _HEADER.pack(_MAGIC, size, CHUNK, boot_id().encode())
         length = _START + self.count * _ENTRY
         self._file = path.open("r+b" if path.exists() else "w+b")
         if self._file.read(_HEADER.size) != header or os.fstat(self._file.fileno()).st_size != length:
@@ -51,7 +52,7 @@ class Chunks:
         with path.open("r+b") as opened:
             _, size, _, _ = _HEADER.unpack(opened.read(_HEADER.size))
             opened.seek(0)
-            opened.write(_HEADER.pack(_MAGIC, size, CHUNK, _BOOT_ID.read_text().strip().encode()))
+            opened.write(_HEADER.pack(_MAGIC, size, CHUNK, boot_id().encode()))
         return cls(path, size)
 
     def length(self, number: int) -> int:

@@ -1,7 +1,9 @@
 """What was copied, written down: an SQLite file in the move's folder. Bounded memory for millions of entries.
 
 What is committed here is on the target's storage: the caller syncs the target first. So a row survives any crash only
-together with what it stands for, and what has no row is copied again.
+together with what it stands for, and what has no row is copied again. The source is not ours to sync: in a power cut it
+may lose what was read of it, and keep the times that came with that (ext4 writes those down sooner than the data). So
+after another boot nothing is taken for unchanged.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import apsw
 import msgspec
 from blake3 import blake3
 
+from volumed.host.boot import boot_id
 from volumed.migration.tree import content
 from volumed.migration.tree.entries import Entry
 
@@ -27,6 +30,7 @@ CREATE TABLE IF NOT EXISTS entry (
 );
 CREATE INDEX IF NOT EXISTS unproven ON entry (id) WHERE proven = 0;
 CREATE TABLE IF NOT EXISTS round (begun INTEGER);
+CREATE TABLE IF NOT EXISTS boot (id TEXT);
 CREATE TEMP TABLE pending_link (inode INTEGER, path BLOB);
 CREATE TEMP TABLE pending_folder (path BLOB PRIMARY KEY, ctime INTEGER) WITHOUT ROWID;
 """
@@ -61,6 +65,10 @@ class Manifest:
     def begin_round(self) -> bool:
         """Written down at once. Whether the last one was cut short: it may have left directories of the target open to
         be written, and with other times, of which nothing is known."""
+        boot = boot_id()
+        if self._rows("SELECT id FROM boot") != [(boot,)]:
+            self._connection.execute("DELETE FROM boot; UPDATE entry SET ctime = 0")
+            self._connection.execute("INSERT INTO boot VALUES (?)", (boot,))
         cut_short = bool(self._rows("SELECT 1 FROM round"))
         if not cut_short:
             self._connection.execute("INSERT INTO round VALUES (1)")
