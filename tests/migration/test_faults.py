@@ -326,6 +326,23 @@ def test_a_move_to_a_server_that_is_gone_for_good_is_aborted(network: Network, p
     network.assert_whole(content, source)
 
 
+def test_the_daemon_ends_and_starts_while_a_target_does_not_answer(network: Network) -> None:
+    content = network.fill("sized")
+    reference = network.begin("data", "ceph", bandwidth=SLOW)
+    network.wait_for_some(reference, 8 * MIB)
+    with network.cut_off("ceph"):
+        network.hurry(reference)
+        time.sleep(1)  # writes wait for the cluster, and cannot be interrupted
+        network.volumed.stop()
+        network.volumed.start()
+        path = network.mount("data")
+        assert {each.name: each.read_bytes() for each in path.iterdir()} == content
+        network.unmount("data")
+        assert network.state(reference)["phase"] == "seeding"
+    assert network.outcome(reference)["phase"] == "kept"
+    network.assert_whole(content, "ceph")
+
+
 # Cables that are cut
 WRITER = """
 import os, sys, time

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from volumed.driver import Extent
-from volumed.errors import HostError
+from volumed.errors import BackendUnavailable, HostError
 from volumed.host import mapper
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -66,10 +66,15 @@ def punch(descriptor: int, offset: int, length: int) -> bool:
 
 @contextlib.contextmanager
 def direct(path: Path, flags: int) -> Iterator[int]:
-    """A descriptor that bypasses the page cache, where the storage lets it."""
+    """A descriptor that bypasses the page cache, where the storage lets it. Raises HostError, and BackendUnavailable
+    for a device that is to be opened by nobody else (O_EXCL) and is."""
     try:
         descriptor = os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC)
     except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise BackendUnavailable(
+                "a process that waits for its storage still writes to it", subject=str(path)
+            ) from None
         if error.errno != errno.EINVAL:
             raise HostError(f"cannot be opened: {error.strerror}", subject=str(path)) from None
         descriptor = os.open(path, flags | os.O_CLOEXEC)

@@ -22,8 +22,8 @@ from volumed.errors import AlreadyExists, IntegrityError, InUse, NotFound, Volum
 from volumed.migration import losses
 from volumed.migration.move import Step
 from volumed.migration.movers import block, kept
-from volumed.migration.movers.block import BlockMover
 from volumed.migration.movers.chunks import Chunks
+from volumed.migration.movers.device import DeviceMover
 from volumed.migration.movers.mover import Control, Verified
 from volumed.migration.movers.tree import TreeMover
 from volumed.migration.places import at, place_of
@@ -34,7 +34,7 @@ from volumed.store.repository import Transaction
 from volumed.store.store import Conflict
 from volumed.testing import crash
 
-AnyMover = BlockMover | TreeMover
+AnyMover = DeviceMover | TreeMover
 
 
 class Copying:
@@ -166,7 +166,7 @@ class Copying:
         if self.copy.path is MovePath.BLOCK:
             if (self.workdir / "chunks").exists():
                 Chunks.kept(self.workdir / "chunks").close()  # its base is on stable storage
-            return BlockMover(source, target, self.workdir)
+            return DeviceMover(source, target, self.workdir)
         return TreeMover(source, target, self.workdir, losses=losses.forgone(self._target_driver, self.copy.accepted))
 
     @property

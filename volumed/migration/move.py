@@ -24,7 +24,7 @@ from volumed.errors import (
 )
 from volumed.migration import losses
 from volumed.migration.explaining import explained
-from volumed.migration.movers.block import BlockMover
+from volumed.migration.movers.device import DeviceMover
 from volumed.migration.movers.mover import Control, Mover, Round, Writers
 from volumed.migration.movers.tree import TreeMover
 from volumed.migration.places import at, source_and_target
@@ -130,7 +130,7 @@ class Move:
     def _mover_between(self, sides: Sides) -> Mover:
         workdir, filled = self._site.other().workdir, self.migration.path is MovePath.NATIVE
         if self.migration.carried_by is MovePath.BLOCK:
-            return BlockMover(sides.source, sides.target, workdir, filled=filled)
+            return DeviceMover(sides.source, sides.target, workdir, filled=filled)
         lost = losses.forgone(self._target_driver, self.migration.accepted)
         return TreeMover(sides.source, sides.target, workdir, losses=lost, filled=filled)
 

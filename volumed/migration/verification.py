@@ -26,7 +26,7 @@ from volumed.migration.copying import workdir_of
 from volumed.migration.inspection import Inspection
 from volumed.migration.losses import forgone
 from volumed.migration.movers import kept as movers_kept
-from volumed.migration.movers.block import BlockMover
+from volumed.migration.movers.device import DeviceMover
 from volumed.migration.movers.mover import Control
 from volumed.migration.movers.tree import TreeMover
 from volumed.migration.places import OtherPlace, at, device_of
@@ -231,7 +231,7 @@ class Verifications:
             backend.call(lambda: presence.remove(volume, backend.driver))
             device = backend.call(lambda: device_of(volume, backend, presence))
             try:
-                return _read(BlockMover(device, device, folder), MovePath.BLOCK, control)
+                return _read(DeviceMover(device, device, folder), MovePath.BLOCK, control)
             finally:
                 backend.call(lambda: presence.remove(volume, backend.driver))
 
@@ -248,7 +248,7 @@ class Verifications:
                 return Comparison(against=against, outcome=Outcome.UNKNOWN, text="it went while the volume was read")
             try:
                 path = place.open(source, moved.carried_by)
-                mover = (BlockMover if moved.carried_by is MovePath.BLOCK else TreeMover)(path, path, folder)
+                mover = (DeviceMover if moved.carried_by is MovePath.BLOCK else TreeMover)(path, path, folder)
                 found = _read(mover, moved.carried_by, control)
             except VolumedError as error:
                 control.check()
@@ -279,7 +279,7 @@ def _verification(name: str, found: Found, begun: float, comparisons: list[Compa
     )
 
 
-def _read(mover: BlockMover | TreeMover, path: MovePath, control: Control) -> Found:
+def _read(mover: DeviceMover | TreeMover, path: MovePath, control: Control) -> Found:
     mover.workdir.mkdir(mode=0o700)
     with contextlib.closing(mover):
         told = mover.read(control)

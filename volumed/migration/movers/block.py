@@ -76,7 +76,8 @@ class BlockMover(Mover):
         changed = 0
         counting = threading.Lock()
 
-        with direct(self.source, os.O_RDONLY) as source, direct(self.target, os.O_RDWR) as target:
+        # Exclusive: of one that was given up while it waited for its storage a last write may be on its way.
+        with direct(self.source, os.O_RDONLY) as source, direct(self.target, os.O_RDWR | os.O_EXCL) as target:
 
             def copy(number: int, buffer: mmap.mmap) -> None:
                 nonlocal changed

@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
 from volumed.migration.movers.mover import Control, Estimate, Mover, Round, Verified
+from volumed.migration.session import Session
 from volumed.migration.tree import reading
-from volumed.migration.tree.session import Session
 
 # Of a file that changed: what the next round is expected to read. Sizes are known only by looking.
 _GUESS = 64 << 10
 MOST_DIFFERENCES = 100
+# More than there may be cores: each waits for storage at times, when it opens what is in no cache.
+_LEAST_WORKERS, _MOST_WORKERS = 4, 8
 
 
 def differences(before: Path, after: Path, *, losses: frozenset[str] = frozenset()) -> list[str]:
@@ -40,7 +43,15 @@ class TreeMover(Mover):
 
     def _child(self) -> Session:
         if self._session is None:
-            self._session = Session(self.source, self.target, self.workdir, losses=self._losses, filled=self._filled)
+            settings = {
+                "source": str(self.source),
+                "target": str(self.target),
+                "workdir": str(self.workdir),
+                "losses": sorted(self._losses),
+                "filled": self._filled,
+                "workers": max(_LEAST_WORKERS, min(_MOST_WORKERS, len(os.sched_getaffinity(0)))),
+            }
+            self._session = Session("volumed.migration.tree.child", settings, self.workdir / "tree.log")
         return self._session
 
     def estimate(self, control: Control) -> Estimate:

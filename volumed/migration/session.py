@@ -11,11 +11,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from volumed.errors import BackendUnavailable, CapacityExhausted, HostError
+from volumed.errors import BackendUnavailable, CapacityExhausted, HostError, OutOfRange
 from volumed.host.run import ENVIRONMENT
 from volumed.migration.movers.mover import Control, Stopped
 
@@ -27,16 +27,16 @@ LINGER = 5.0
 _LINE = 1 << 16
 # Of a server that is not there now. A mount that it has forgotten is made anew by whoever opens the place again.
 _AWAY = (errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ESHUTDOWN, errno.ESTALE)
-# More than there may be cores: each waits for storage at times, when it opens what is in no cache.
-_LEAST_WORKERS, _MOST_WORKERS = 4, 8
+_ERRORS = {kind.code: kind for kind in (BackendUnavailable, CapacityExhausted, HostError, OutOfRange)}
 
 
 class Session:
-    def __init__(self, source: Path, target: Path, workdir: Path, *, losses: Iterable[str], filled: bool) -> None:
-        workdir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._errors = (workdir / "tree.log").open("ab")
+    def __init__(self, module: str, settings: Mapping[str, Any], log: Path) -> None:
+        """`settings`: the first line it is told. `log`: where its errors go, in a folder that is made."""
+        log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._errors = log.open("ab")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "volumed.migration.tree.child"],
+            [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -46,15 +46,7 @@ class Session:
         )
         self._buffer = b""
         self._rate = 0
-        settings: dict[str, Any] = {
-            "source": str(source),
-            "target": str(target),
-            "workdir": str(workdir),
-            "losses": sorted(losses),
-            "filled": filled,
-        }
-        workers = max(_LEAST_WORKERS, min(_MOST_WORKERS, len(os.sched_getaffinity(0))))
-        self._send(settings | {"workers": workers})
+        self._send(settings)
         self._counted = {"bytes": 0, "files": 0}
 
     def close(self) -> None:
@@ -103,6 +95,9 @@ class Session:
             return answer["done"]
         if "stopped" in answer:
             raise Stopped("the copy was told to stop")
+        if "error" in answer:
+            kind = _ERRORS.get(answer["error"], HostError)
+            raise kind(answer["text"], subject=answer["subject"], hint=answer["hint"])
         path, number = answer["path"], answer["errno"]
         where = f" at {ascii(path)[1:-1]!r}" if path else ""
         if number in (errno.ENOSPC, errno.EDQUOT):
@@ -110,7 +105,7 @@ class Session:
         text = f"the tree cannot be copied{where}: {answer['failed']}"
         raise BackendUnavailable(text) if number in _AWAY else HostError(text)
 
-    def _send(self, order: dict[str, Any]) -> None:
+    def _send(self, order: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(order).encode() + b"\n")
@@ -133,4 +128,4 @@ class Session:
     def _died(self) -> HostError:
         self._errors.flush()
         said = Path(self._errors.name).read_text(encoding="utf-8", errors="backslashreplace")[-1000:].strip()
-        return HostError(f"the process that copies the tree died: {said or 'it said nothing'}")
+        return HostError(f"the process that copies it died: {said or 'it said nothing'}")
