@@ -84,6 +84,22 @@ def assert_agree_on_moved(volumed: Volumed) -> None:
     assert volumed.loops() == []
 
 
+def test_what_is_left_of_a_move_that_is_over_goes_at_the_next_start(mover: Mover) -> None:
+    """Its folder goes after the move's end is written down, and a power cut may bring it back."""
+    volumed = mover.volumed
+    fill(mover, "local")
+    begun = mover.begin("data", "folders", keep_source="0s")
+    wait_until(lambda: volumed.api.get("migrations", begun)["phase"] == "done")
+    folder = volumed.state / "migrations" / begun
+    wait_until(lambda: not folder.exists())
+    volumed.stop()
+    (folder / "mounts").mkdir(parents=True)
+    (folder / "tree.db").touch()
+    volumed.start()
+    assert not folder.exists()
+    assert mover.volume("data")["backend"] == "folders"
+
+
 def test_killed_on_the_way_back(mover: Mover) -> None:
     volumed, held = mover.volumed, fill(mover, "sized")
 

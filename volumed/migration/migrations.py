@@ -194,6 +194,11 @@ class Migrations:
         move had passed its commit point is shown at its new place."""
         self.copies.recover()
         self.verifications.forget()
+        workdirs = self._core.settings.state_dir / "migrations"
+        for migration in self.all():
+            # A crash came before it was removed, or a power cut took back that it was.
+            if migration.phase.ended and (workdirs / migration.id).exists():
+                OtherPlace(self._core, migration).forget()
         known = {migration.id: migration for migration in self.all() if not migration.phase.ended}
         for held in self._core.repository.bindings(node=self._core.node):
             move = known.get(held.mount_id)  # type: ignore[call-overload]
