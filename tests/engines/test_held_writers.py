@@ -15,6 +15,7 @@ from tests.harness.podman import podman_with
 from volumed.errors import InUse
 from volumed.host import mounts, swap
 from volumed.host.linux import LinuxHost
+from volumed.migration.movers.mover import Busy
 from volumed.migration.writers.containers import ContainerWriters
 from volumed.migration.writers.engines import DockerEngine, PodmanEngine
 from volumed.model import Binding, Consumer, Engine, VolumeId, now
@@ -55,20 +56,29 @@ def place(tmp_path: Path, docker: Docker) -> Iterator[Place]:
 
 
 def writers(docker: Docker, place: Place, *containers: str) -> ContainerWriters:
-    bindings = [
-        Binding(
-            volume_id=VolumeId("v"),
-            node="node-1",
-            engine=Engine.DOCKER,
-            mount_id=each,
-            since=now(),
-            consumers=(
-                Consumer(id=docker("inspect", "--format", "{{.Id}}", each), name=each, image="", pid=0, target="/data"),
-            ),
+    bindings = []
+    for each in containers:
+        told = docker("inspect", "--format", "{{.Id}} {{range .Mounts}}{{.RW}}{{end}}", each)
+        identifier, writable = told.split()
+        consumer = Consumer(id=identifier, name=each, image="", pid=0, target="/data", readonly=writable != "true")
+        bindings.append(
+            Binding(
+                volume_id=VolumeId("v"),
+                node="node-1",
+                engine=Engine.DOCKER,
+                mount_id=each,
+                since=now(),
+                consumers=(consumer,),
+            )
         )
-        for each in containers
-    ]
     return ContainerWriters([DockerEngine(docker.socket)], place.path, bindings, freeze=True)
+
+
+def hold(held: ContainerWriters) -> bytes:
+    """The plan with what was done."""
+    noted = [held.plan()]
+    held.hold(noted[0], noted.append)
+    return noted[-1]
 
 
 def run(docker: Docker, place: Place, name: str, command: str, *options: str, mode: str = "") -> None:
@@ -89,9 +99,8 @@ def test_an_idle_container_never_notices(docker: Docker, place: Place) -> None:
     run(docker, place, "fleeting", "while true; do sleep 0.1; done", "--rm")
     before = {name: pid(docker, name) for name in ("idle", "reader", "fleeting")}
     held = writers(docker, place, *before)
-    plan = held.plan()
-    assert [line.split()[2] for line in held.describe(plan)] == ["idle", "reader", "fleeting"]
-    held.hold(plan)
+    assert [line.split()[2] for line in held.describe(held.plan())] == ["idle", "reader", "fleeting"]
+    plan = hold(held)
     assert {status(docker, name) for name in before} == {"paused"}
     place.move()
     assert held.release(plan, moved=True) == []
@@ -107,13 +116,48 @@ def test_an_idle_container_never_notices(docker: Docker, place: Place) -> None:
     assert docker("exec", "idle", "cat", "/data/where") == "new"
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_sealed_it_cannot_write_to_the_old_place_until_it_is_let_go(docker: Docker, place: Place, moved: bool) -> None:
+    """Also when the old place is shown again, as the new one failed."""
+    run(docker, place, "idle", "while true; do sleep 0.1; done")
+    run(docker, place, "reader", "while true; do sleep 0.1; done", mode=":ro")
+    held = writers(docker, place, "idle", "reader")
+    plan = hold(held)
+    docker("unpause", "idle")
+    docker("exec", "-d", "idle", "sh", "-c", "exec 3>>/data/file; while [ ! -e /closed ]; do sleep 0.05; done")
+    wait_until((place.old / "file").exists)
+    with pytest.raises(Busy, match="idle: was let go, and writes"):
+        held.seal(plan)
+    docker("exec", "idle", "touch", "/closed")
+    idle = int(pid(docker, "idle"))
+    wait_until(lambda: not swap.users(idle, mounted) if (mounted := swap.mount_in(idle, "/data")) else False)
+    held.seal(plan)
+    assert "Read-only" in docker("exec", "idle", "touch", "/data/file", check=False)
+    again = writers(docker, place)  # by a daemon that knows the plan alone
+    assert again.release(plan, moved=moved) == []
+    docker("exec", "idle", "touch", "/data/file")
+    assert "Read-only" in docker("exec", "reader", "touch", "/data/file", check=False)
+
+
+def test_who_was_stopped_by_its_user_is_not_started(docker: Docker, place: Place) -> None:
+    for name in ("stopped", "removed", "paused"):
+        run(docker, place, name, "while true; do sleep 0.1; done")
+    held = writers(docker, place, "stopped", "removed", "paused")
+    docker("pause", "paused")
+    plan = hold(held)
+    docker("stop", "-t", "0", "stopped")
+    docker("rm", "-f", "removed")
+    assert held.release(plan, moved=False) == []
+    assert (status(docker, "stopped"), status(docker, "paused")) == ("exited", "paused")
+    docker("unpause", "paused")
+
+
 def test_a_busy_container_is_stopped_and_started_and_loses_nothing(docker: Docker, place: Place) -> None:
     run(docker, place, "busy", BUSY, "--restart", "always", "--stop-timeout", "1")
     log = place.old / "log"
     wait_until(lambda: log.exists() and log.stat().st_size)
     held = writers(docker, place, "busy")
-    plan = held.plan()
-    held.hold(plan)
+    plan = hold(held)
     assert status(docker, "busy") == "exited"
     size = log.stat().st_size
     time.sleep(0.3)
@@ -133,8 +177,7 @@ def test_all_is_as_it_was_when_the_move_fails(docker: Docker, place: Place) -> N
     docker("pause", "paused")
     wait_until((place.old / "log").exists)
     held = writers(docker, place, "idle", "busy", "paused")
-    plan = held.plan()
-    held.hold(plan)
+    plan = hold(held)
     again = writers(docker, place)  # by a daemon that knows the plan alone
     assert again.release(plan, moved=False) == []
     assert {name: status(docker, name) for name in ("idle", "busy", "paused")} == {
@@ -150,10 +193,9 @@ def test_letting_go_may_be_cut_short_and_begun_again(docker: Docker, place: Plac
     run(docker, place, "idle", "sleep 1000")
     docker("run", "-d", "--name", "other", "-v", f"{place.path}:/data", "busybox", "sleep", "1000")
     held = writers(docker, place, "idle", "other")
-    plan = held.plan()
-    held.hold(plan)
+    plan = hold(held)
     place.move()
-    swap.swap(int(pid(docker, "idle")), "/data", place.path)
+    swap.swap(int(pid(docker, "idle")), "/data", place.path, readonly=False)
     assert held.release(plan, moved=True) == []
     for name in ("idle", "other"):
         assert docker("exec", name, "cat", "/data/where") == "new"
@@ -181,9 +223,9 @@ def test_who_must_not_be_stopped_is_named(docker: Docker, place: Place) -> None:
     run(docker, place, "fleeting", BUSY, "--rm", "--stop-timeout", "1")
     wait_until((place.old / "log").exists)
     held = writers(docker, place, "fleeting")
-    plan = held.plan()
     with pytest.raises(InUse, match=r"fleeting.*started with --rm"):
-        held.hold(plan)
+        hold(held)
+    plan = held.plan()
     assert held.release(plan, moved=False) == []
     assert status(docker, "fleeting") == "running"
     unknown = Binding(volume_id=VolumeId("v"), node="n", engine=Engine.DOCKER, mount_id="f" * 64, since=now())
@@ -221,8 +263,7 @@ def test_podman_s_containers_are_held_alike(place: Place, tmp_path: Path) -> Non
         ]
         engine = PodmanEngine(LinuxHost(), "podman", arguments=podman.arguments)
         held = ContainerWriters([engine], place.path, bindings, freeze=True)
-        plan = held.plan()
-        held.hold(plan)
+        plan = hold(held)
         seen = {name: podman("inspect", "--format", "{{.State.Status}}", name) for name in ("idle", "busy")}
         assert seen == {"idle": "paused", "busy": "exited"}
         size = (place.old / "log").stat().st_size
@@ -239,4 +280,4 @@ def test_users_of_a_mount_are_told(docker: Docker, place: Place) -> None:
     assert entry is not None
     assert any("cwd" in line for line in swap.users(int(pid(docker, "busy")), entry))
     with pytest.raises(InUse, match=r"sh \(pid \d+\)|sleep \(pid \d+\)"):
-        swap.swap(int(pid(docker, "busy")), "/data", place.new)
+        swap.swap(int(pid(docker, "busy")), "/data", place.new, readonly=False)

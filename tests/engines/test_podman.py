@@ -164,3 +164,46 @@ def test_a_mount_that_failed_is_not_held(podman: Podman, volumed: Volumed) -> No
     assert "is gone" in said
     assert volumed.bindings() == []
     (volumed.folder / "aside").rename(data)
+
+
+# Appends, syncs, and only then tells that it did.
+WRITER = """
+trap 'exit 0' TERM
+exec 2>/dev/null
+while true; do n=$((n+1)); echo $n >> /data/$NAME && sync /data/$NAME && echo $n; sleep 0.05; done
+"""
+
+
+@pytest.mark.parametrize("point", ["planned-hold", "copied"])
+def test_containers_that_come_and_go_while_it_is_moved(podman: Podman, volumed: Volumed, point: str) -> None:
+    """Podman asks for a mount only for the first container of a volume."""
+    gate = volumed.folder / "gate"
+    volumed.stop()
+    volumed.start(env={"VOLUMED_WAIT_AT": f"migrate.{point}:{gate}"})
+    create(podman, volumed, "backend=local")
+
+    def run(name: str) -> None:
+        options = ("--net=none", "--stop-timeout", "5", "--name", name, "-e", f"NAME={name}", "-v", "data:/data")
+        podman("run", "-d", *options, "busybox", "sh", "-c", WRITER)
+
+    for name in ("other", "restarted", "removed"):
+        run(name)
+    wait_until(lambda: sum(len(binding["consumers"]) for binding in volumed.bindings()) == 3)
+    begun = volumed.api.post("volumes", "data", "migrate", body={"backend": "sized", "size": 64 << 20})
+    wait_until(gate.exists)
+    told = {"removed": podman("logs", "removed").split()}
+    podman("restart", "restarted", check=False)  # one that is frozen it does not
+    podman("rm", "-f", "--time", "0", "removed")
+    run("new")
+    gate.unlink()
+    *_, ended = volumed.api.lines("migrations", begun["id"], "follow")
+    assert ended["phase"] in ("kept", "done"), ended["error"]
+    assert podman.inspect("data")["Status"]["backend"] == "sized"
+    running = {"other", "restarted", "new"}
+    wait_until(lambda: set(podman("ps", "--format", "{{.Names}}").split()) == running)
+    podman("stop", "--all")
+    told |= {name: podman("logs", name).split() for name in running}
+    for name, lines in told.items():
+        there = podman("run", "--rm", "--net=none", "-v", "data:/data", "busybox", "cat", f"/data/{name}").split()
+        assert set(lines) <= set(there), name
+    volumed.api.post("migrations", begun["id"], "finish")

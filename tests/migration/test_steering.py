@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -109,18 +110,50 @@ def test_aborted_it_leaves_nothing(mover: Mover, data: bytes) -> None:
 
 
 def test_other_changes_wait_for_it(mover: Mover, data: bytes) -> None:
-    reference = mover.begin("data", "images", bandwidth=SLOW)
     api = mover.volumed.api
-    with pytest.raises(ApiError, match="is being moved to backend images"):
-        api.post("volumes", "data", "snapshots", body={"name": "one"})
-    with pytest.raises(ApiError, match="is being moved to backend images"):
-        api.post("volumes", "data", "migrate", body={"backend": "tree"})
+    api.post("volumes", "data", "snapshots", body={"name": "before"})
+    before = api.post("volumes", "data", "backup", body={"backend": "folders", "accept_loss": ["size"]})
+    *_, backup = api.lines("copies", before["id"], "follow")
+    assert backup["state"] == "ready", backup
+    reference = mover.begin("data", "images", bandwidth=SLOW, accept_loss=["snapshots"])
     wait_for_some(mover, reference, 1)
+    volume = mover.volume("data")
+    for words, body in (
+        (("volumes", "data", "snapshots"), {"name": "one"}),
+        (("volumes", "data", "snapshots", "before", "restore"), {}),
+        (("volumes", "data", "migrate"), {"backend": "tree"}),
+        (("volumes", "data", "copy"), {"name": "copy", "backend": "tree"}),
+        (("volumes", "data", "backup"), {"backend": "tree"}),
+        (("volumes",), {"name": "clone", "source": "data"}),
+        (("copies", backup["id"], "restore"), {"in_place": True}),
+    ):
+        with pytest.raises(ApiError) as refused:
+            api.post(*words, body=body)
+        said = f"{refused.value} {refused.value.hint}"
+        assert re.search(r"is being moved to backend images|which moves it", said), (words, said)
+        assert reference in said, (words, said)
+    with pytest.raises(ApiError, match="is being moved to backend images"):
+        api.delete("volumes", "data", "snapshots", "before")
+    assert mover.volume("data") == volume
+    assert [each["name"] for each in api.get("volumes", "data", "snapshots")] == ["before"]
+    assert [each["name"] for each in api.get("volumes")["volumes"]] == ["data"]
     with pytest.raises(ApiError, match="volumed itself, which moves it"):
         api.delete("volumes", "data")
     api.post("migrations", reference, "throttle", body={"bandwidth": None})
     assert mover.outcome(reference)["phase"] == "kept"
     assert_moved(mover, data)
+
+
+def test_it_does_not_grow_meanwhile(mover: Mover) -> None:
+    mover.create("data", "sized", size="300m", filesystem="xfs")
+    (mover.mount("data") / "data").write_bytes(os.urandom(8 * MIB))
+    mover.unmount("data")
+    reference = mover.begin("data", "images", bandwidth=SLOW)
+    with pytest.raises(ApiError, match="is being moved to backend images"):
+        mover.volumed.api.post("volumes", "data", "expand", body={"size": 400 * MIB})
+    mover.volumed.api.post("migrations", reference, "throttle", body={"bandwidth": None})
+    assert mover.outcome(reference)["phase"] == "kept"
+    assert mover.volume("data")["size"] == 300 * MIB
 
 
 def test_a_container_that_starts_meanwhile_writes_and_loses_nothing(mover: Mover, data: bytes) -> None:

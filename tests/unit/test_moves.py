@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +16,8 @@ from volumed.host import priority
 from volumed.migration import move as moves
 from volumed.migration.move import Move
 from volumed.migration.movers.block import BlockMover
-from volumed.migration.movers.mover import Control, Writers
-from volumed.migration.site import Busy, Known, Site
+from volumed.migration.movers.mover import Busy, Control, EngineSilent, Writers
+from volumed.migration.site import Known, Site
 from volumed.model import Migration, MigrationId, MigrationPhase, MovePath, Place, Volume, VolumeId, VolumeState, now
 
 VOLUME = Volume(id=VolumeId("v"), name="data", backend="old", state=VolumeState.READY, created=now())
@@ -35,11 +35,12 @@ MIGRATION = Migration(
 
 
 class Held(Writers):
-    """Remembers how they were let go; refuses the first few times."""
+    """Remembers how they were let go; their engine refuses that the first few times, or does not answer."""
 
-    def __init__(self, refusals: int = 0) -> None:
+    def __init__(self, refusals: int = 0, *, silent: bool = False) -> None:
         self.released: list[bool] = []
         self._refusals = refusals
+        self._silent = silent
 
     def plan(self) -> bytes:
         return b"plan"
@@ -47,13 +48,24 @@ class Held(Writers):
     def describe(self, plan: bytes) -> Sequence[str]:
         return []
 
-    def hold(self, plan: bytes) -> None:
+    def hold(self, plan: bytes, note: Callable[[bytes], None]) -> None:
         pass
+
+    def seal(self, plan: bytes) -> None:
+        pass
+
+    def check_alone(self, plan: bytes) -> None:
+        pass
+
+    def left_behind(self, plan: bytes) -> Sequence[str]:
+        return []
 
     def release(self, plan: bytes, *, moved: bool) -> Sequence[str]:
         self.released.append(moved)
         self._refusals -= 1
-        return ["it does not answer"] if self._refusals >= 0 else []
+        if self._refusals >= 0 and self._silent:
+            raise EngineSilent("it does not answer")
+        return ["its port is taken"] if self._refusals >= 0 else []
 
 
 class Records:
@@ -99,9 +111,10 @@ class Around:
 
 
 def move_of(around: Around, records: Records, monkeypatch: pytest.MonkeyPatch, *, commits: bool) -> Move:
-    def last_round(_: Move, known: Known | None) -> None:
+    def last_round(*_: object) -> None:
         if commits:
             made.migration = records.change("m", phase=MigrationPhase.CUTOVER, untouched=True)
+            made._show_new_place()
         else:
             raise HostError("the target is gone")
 
@@ -132,15 +145,16 @@ def test_before_it_everybody_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert records.current.held == b""
 
 
-@pytest.mark.parametrize(("patience", "left"), [(30.0, b""), (0.0, b"plan")])
+@pytest.mark.parametrize(("patience", "silent", "left"), [(30.0, False, b""), (0.0, False, b"plan"), (0.0, True, b"")])
 def test_who_cannot_be_let_go_at_once_is_not_forgotten(
-    patience: float, left: bytes, monkeypatch: pytest.MonkeyPatch
+    patience: float, silent: bool, left: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """For an engine that does not answer it is waited as long as it takes."""
     monkeypatch.setattr(moves, "LETTING_GO", patience)
     monkeypatch.setattr(moves, "WAITING", 0.0)
     records = Records()
     with pytest.raises(HostError, match="gone"):
-        hold(move_of(Around(), records, monkeypatch, commits=False), Held(refusals=2))
+        hold(move_of(Around(), records, monkeypatch, commits=False), Held(refusals=2, silent=silent))
     assert records.current.held == left
 
 

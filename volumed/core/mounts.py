@@ -306,7 +306,7 @@ def describe(binding: Binding, consumer: Consumer | None) -> str:
     """`docker container web-1 (pid 4121) at /data`, `kubernetes pod shop/db-0`, or what is known of it."""
     where = f" on node {binding.node}" if binding.node else ""
     if binding.engine is Engine.VOLUMED:
-        return f"volumed itself, which moves it to other storage{where}"
+        return f"volumed itself, which moves it to other storage (migration {binding.mount_id}){where}"
     if binding.staging:
         return f"{binding.engine}, which has it staged at {binding.path}{where}"
     if consumer is None:

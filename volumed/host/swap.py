@@ -11,7 +11,7 @@ import ctypes
 import os
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 from volumed.driver import MountEntry
@@ -44,23 +44,37 @@ call("move_mount", 429, tree, b"", -100, target, BENEATH)
 if libc.umount2(target, NOFOLLOW):
     sys.exit(f"umount: {os.strerror(ctypes.get_errno())}")
 """
-_ATTRIBUTES = {"ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8}  # mount_setattr(2)
+_REMOUNT = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+pid, target, flags = map(os.fsencode, sys.argv[1:])
+space = os.open(b"/proc/%b/ns/mnt" % pid, os.O_RDONLY)
+if libc.setns(space, 0x20000):
+    sys.exit(f"setns: {os.strerror(ctypes.get_errno())}")
+if libc.mount(None, target, None, ctypes.c_ulong(int(flags)), None):
+    sys.exit(f"mount: {os.strerror(ctypes.get_errno())}")
+"""
+_ATTRIBUTES = {"ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8}  # of mount_setattr(2), and the same of mount(2)
+_REMOUNT_BIND = 32 | 4096
 
 
 def mount_in(pid: int, target: str) -> MountEntry | None:
     """What the process sees mounted there, on top; None when nothing is, or the process is gone."""
+    return next((entry for entry in reversed(_mounts_of(pid)) if str(entry.target) == target), None)
+
+
+def _mounts_of(pid: int) -> list[MountEntry]:
     try:
-        table = read_table(Path(f"/proc/{pid}/mountinfo"))
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return next((entry for entry in reversed(table) if str(entry.target) == target), None)
+        return list(read_table(Path(f"/proc/{pid}/mountinfo")))
+    except OSError:  # gone, or ending and without mounts already
+        return []
 
 
 def users(pid: int, entry: MountEntry) -> list[str]:
     """Who holds the mount, of all processes that share the mount namespace of `pid`: by an open file, a mapping, its
     working directory, root or program. Those that cannot be looked into count as well."""
     found: list[str] = []
-    for other in _processes_of(pid):
+    for other in processes_in(mount_namespace(pid)):
         for what in _holds(other, entry.mount_id):
             found.append(f"{_name(other)} (pid {other}): {what}")
             break
@@ -69,30 +83,73 @@ def users(pid: int, entry: MountEntry) -> list[str]:
     return found
 
 
-def swap(pid: int, target: str, source: Path) -> None:
-    """Show what is mounted at `source`, a path of ours, to the container of `pid` at its path `target`, with the flags
-    of what is there now. Raises InUse, MountFailed; in both cases the old one may have another beneath it."""
+def swap(pid: int, target: str, source: Path, *, readonly: bool) -> None:
+    """Show what is mounted at `source`, a path of ours, to the container of `pid` at its path `target`, with the other
+    flags of what is there now. Raises InUse, MountFailed; in both cases the old one may have another beneath it."""
     entry = mount_in(pid, target)
     if entry is None:
         raise MountFailed("nothing is mounted there", subject=f"{target} in the container of pid {pid}")
     held = users(pid, entry)
     if held:
         raise InUse("is held by", holders=held, subject=f"mount {target}")
-    flags = sum(_ATTRIBUTES.get(option, 0) for option in entry.options)
-    argv: list[str | Path] = [sys.executable, "-I", "-S", "-c", _SWAP, source, str(pid), target, str(flags)]
+    _change(_SWAP, source, pid, target, _flags(entry, readonly=readonly))
+
+
+def set_readonly(pid: int, target: str, *, readonly: bool) -> None:
+    """The mount that the container of `pid` has at its path `target`: from now on nobody can write by it, or they can
+    again. Raises MountFailed, also while a file is open for writing there."""
+    entry = mount_in(pid, target)
+    if entry is None:
+        raise MountFailed("nothing is mounted there", subject=f"{target} in the container of pid {pid}")
+    if ("ro" in entry.options) is not readonly:
+        _change(_REMOUNT, pid, target, _REMOUNT_BIND | _flags(entry, readonly=readonly))
+
+
+def _flags(entry: MountEntry, *, readonly: bool) -> int:
+    return sum(_ATTRIBUTES.get(option, 0) for option in {*entry.options, "ro"} if option != "ro" or readonly)
+
+
+def _change(script: str, *words: Path | str | int) -> None:
+    """The last words are the pid, the target and flags."""
     try:
-        run(argv, timeout=20.0)
+        run([sys.executable, "-I", "-S", "-c", script, *map(str, words)], timeout=20.0)
     except CommandFailed as error:
         raise MountFailed(
-            f"the mount cannot be changed: {error.stderr.strip()}", subject=f"{target} in the container of pid {pid}"
+            f"the mount cannot be changed: {error.stderr.strip()}",
+            subject=f"{words[-2]} in the container of pid {words[-3]}",
         ) from None
 
 
-def _processes_of(pid: int) -> Iterator[int]:
-    space = _namespace(pid, "mnt")
+def mount_namespace(pid: int) -> str | None:
+    """Its name; None when the process is gone."""
+    return _namespace(pid, "mnt")
+
+
+def processes_in(space: str | None) -> Iterator[int]:
+    """Of the mount namespace."""
     for name in os.listdir("/proc"):  # noqa: PTH208
         if name.isdecimal() and space is not None and _namespace(int(name), "mnt") == space:
             yield int(name)
+
+
+def elsewhere(entry: MountEntry, known: Set[str | None]) -> list[str]:
+    """A process of each mount namespace, but for ours and the known, that has the same tree, or a part of it, mounted
+    at another path than `entry` is: a namespace that was made from ours has a copy at that one."""
+    seen, found = {*known, mount_namespace(os.getpid())}, []
+    inside = f"{entry.root.rstrip('/')}/"
+    for name in os.listdir("/proc"):  # noqa: PTH208
+        space = mount_namespace(int(name)) if name.isdecimal() else None
+        if space is None or space in seen:
+            continue
+        seen.add(space)
+        if any(
+            other.device == entry.device
+            and (other.root == entry.root or other.root.startswith(inside))
+            and other.target != entry.target
+            for other in _mounts_of(int(name))
+        ):
+            found.append(f"{_name(int(name))} (pid {name})")
+    return found
 
 
 def has_namespaces_within(pid: int) -> bool:

@@ -25,8 +25,9 @@ from volumed.host import mapper
 from volumed.host.mapper import Mirrored
 from volumed.migration.move import Move, Step
 from volumed.migration.movers.compare import WATCH, compare
+from volumed.migration.movers.mover import Busy
 from volumed.migration.places import at, source_and_target
-from volumed.migration.site import Busy, Sides
+from volumed.migration.site import Sides
 from volumed.model import MigrationPhase, Volume
 from volumed.testing import crash
 

@@ -299,7 +299,8 @@ class Migrations:
         kind = LiveMove if migration.path is MovePath.LIVE else Move
         move = kind(self._core, self._records, migration, control, self._stop_writers)
         if _rests(migration):
-            move.let_go()
+            with contextlib.suppress(Stopped):
+                move.let_go()
             return False
         try:
             with self._room(migration, control):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import NamedTuple, Protocol
 
@@ -25,11 +25,11 @@ from volumed.errors import (
 from volumed.migration import losses
 from volumed.migration.explaining import explained
 from volumed.migration.movers.device import DeviceMover
-from volumed.migration.movers.mover import Control, Mover, Round, Writers
+from volumed.migration.movers.mover import Busy, Control, EngineSilent, Mover, Round, Writers
 from volumed.migration.movers.tree import TreeMover
 from volumed.migration.places import at, source_and_target
 from volumed.migration.records import Records
-from volumed.migration.site import Busy, Known, Sides, Site
+from volumed.migration.site import Known, Sides, Site
 from volumed.model import Binding, Engine, Migration, MigrationPhase, MovePath, Volume, VolumeState, now
 from volumed.store.repository import Transaction
 from volumed.testing import crash
@@ -177,7 +177,7 @@ class Move:
                 return
             self.step = Step(f"waiting until nobody uses it{reason}".strip(), 0, 0, time.monotonic())
             self._wait(WAITING + 2 * spent)
-        self._last_round(None)
+        self._last_round(None, None)
 
     def _hold_and_finish(self, mover: Mover, rounds: int) -> str:
         """Why its users cannot be held still now; empty when they were, and all is done. Raises PreconditionFailed when
@@ -221,35 +221,52 @@ class Move:
             time.sleep(0.2)
 
     def _with_writers_held(self, writers: Writers, known: Known) -> None:
-        plan = writers.plan()
-        self.migration = self._records.change(self.migration.id, held=plan)
+        self._note_held(writers.plan())
         crash.point("migrate.planned-hold")
         begun, shown = time.monotonic(), False
         try:
-            writers.hold(plan)
+            writers.hold(self.migration.held, self._note_held)
             crash.point("migrate.held")
-            self._last_round(known)
-            self._show_new_place()
+            self._last_round(known, writers)
             shown = True
         finally:
             # Past the commit point nobody goes on while the path shows the old place: `_go_over` lets them go.
             if shown or not self._records.get(self.migration.id).phase.committed:
-                left = b"" if self._let_go(writers, plan, moved=shown) else plan
+                left = b"" if self._let_go(writers, moved=shown) else self.migration.held
+                if shown:
+                    self._say_stranded(writers.left_behind(self.migration.held))
                 pause = round(time.monotonic() - begun, 3)
                 self.migration = self._records.change(self.migration.id, held=left, pause=pause)
 
-    def _let_go(self, writers: Writers, plan: bytes, *, moved: bool) -> bool:
-        """Whether all could be. An engine that does not answer may be starting anew, and is asked again for a while."""
-        ends = time.monotonic() + LETTING_GO
-        while (stranded := writers.release(plan, moved=moved)) and time.monotonic() < ends:
-            time.sleep(WAITING)
-        for line in stranded:
-            self._core.events.publish("migration.stranded", self.migration.volume_name, line, level=logging.ERROR)
-        return not stranded
+    def _note_held(self, plan: bytes) -> None:
+        self.migration = self._records.change(self.migration.id, held=plan)
 
-    def _last_round(self, known: Known | None) -> None:
-        """Nobody writes from here to the commit point. Who wants to mount the volume meanwhile waits for the lock.
-        `known`: None when nobody is held still, as nobody uses it."""
+    def _let_go(self, writers: Writers, *, moved: bool) -> bool:
+        """Whether all could be. One that its engine refuses to let go is tried again for a while; for an engine that
+        does not answer, and may be starting anew, it is waited."""
+        ends, said = time.monotonic() + LETTING_GO, False
+        while True:
+            try:
+                stranded, silent = writers.release(self.migration.held, moved=moved), False
+            except EngineSilent as error:
+                stranded, silent = [f"its containers are held until the engine answers: {error}"], True
+            if not stranded:
+                return True
+            late = time.monotonic() > ends
+            if late and not said:
+                said = True
+                self._say_stranded(stranded)
+            if (late and not silent) or self.control.stopped:
+                return False
+            time.sleep(WAITING)
+
+    def _say_stranded(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self._core.events.publish("migration.stranded", self.migration.volume_name, line, level=logging.ERROR)
+
+    def _last_round(self, known: Known | None, writers: Writers | None) -> None:
+        """Nobody writes from here to the commit point. Who wants to mount the volume meanwhile waits for the lock, and
+        then gets the new place. `known`: None when nobody is held still, as nobody uses it."""
         begun = time.monotonic()
         mover = self._open()
         with self._site.locked() as volume:
@@ -257,14 +274,24 @@ class Move:
             if self.migration.carried_by is MovePath.BLOCK and self._site.settle_device(volume, mover.source):
                 mover.watch()
             self._advance(MigrationPhase.QUIESCED)
+            told = mover.changed() is not None
+            if writers is not None and not told:
+                writers.seal(self.migration.held)
             self._copy(mover, last=True)
             crash.point("migrate.copied")
             digest = self._prove()
+            if writers is not None and told:  # only now: whom a user lets go writes as ever, and it is all done again
+                writers.seal(self.migration.held)
+            if mover.changed():
+                raise Busy("was written to while its users were held", subject=f"volume {volume.name}")
             self._advance(MigrationPhase.VERIFIED, digest=digest)
             self._close_target(volume)
             crash.point("migrate.closed")
             self._site.check_path_unheld(volume)
+            if writers is not None:
+                writers.check_alone(self.migration.held)
             self._commit(volume, pause=time.monotonic() - begun)
+            self._show_new_place()
 
     def _prove(self) -> str:
         """The digest. Raises IntegrityError naming what differs."""
@@ -342,9 +369,9 @@ class Move:
     def _release_held(self, *, moved: bool) -> None:
         """After a crash: whoever was stopped goes on."""
         writers = self._writers([])
-        if writers is not None:
-            self._let_go(writers, self.migration.held, moved=moved)
-        self.migration = self._records.change(self.migration.id, held=b"")
+        if writers is not None and not self._let_go(writers, moved=moved):
+            self.control.check()  # when it is stopped it goes on with this when it is begun again
+        self._note_held(b"")
 
     def let_go(self) -> None:
         """Of a move that does not go on now: nobody waits for it."""

@@ -15,9 +15,9 @@ from volumed.core.mounts import describe_each
 from volumed.core.presence import Observed
 from volumed.core.reach import attacher
 from volumed.driver import BlockDriver, FilesystemDriver
-from volumed.errors import InUse, NotFound, NotSupported, VolumedError
+from volumed.errors import InUse, NotFound, NotSupported
 from volumed.host.holders import holders_of_mount, is_claimed
-from volumed.migration.movers.mover import Control
+from volumed.migration.movers.mover import Busy, Control
 from volumed.migration.places import OtherPlace, at, device_of, source_and_target
 from volumed.model import Binding, Engine, Migration, MovePath, Volume, VolumeMode, now
 from volumed.testing import crash
@@ -25,13 +25,6 @@ from volumed.testing import crash
 _log = logging.getLogger(__name__)
 # Seconds for a server to answer that may still be writing what it was given.
 SLOW = 60.0
-
-
-class Busy(VolumedError):
-    """Somebody took the volume in the moment before it was to be held still."""
-
-    code = "in_use"
-    retry_after = 1.0
 
 
 class Sides(NamedTuple):
@@ -52,6 +45,7 @@ class Site:
         self._core = core
         self.migration = migration
         self._opened: OtherPlace | None = None
+        self._holding = False
 
     def volume(self) -> Volume:
         """Raises NotFound, InUse for a volume that lies elsewhere by now."""
@@ -68,8 +62,16 @@ class Site:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[Volume]:
-        with self._core.locks.hold(self.migration.volume_id, subject=f"volume {self.migration.volume_name}"):
+        """By the one thread that has this site, once or several times within one another."""
+        if self._holding:
             yield self.volume()
+            return
+        with self._core.locks.hold(self.migration.volume_id, subject=f"volume {self.migration.volume_name}"):
+            self._holding = True
+            try:
+                yield self.volume()
+            finally:
+                self._holding = False
 
     def other(self) -> OtherPlace:
         if self._opened is None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from volumed.errors import VolumedError
+from volumed.errors import HostError, VolumedError
 
 # Of a throttled copy: how long it may run ahead of its rate before it has to wait.
 BURST = 0.25
@@ -24,6 +24,19 @@ class Stopped(VolumedError):
     """The copy was told to stop: the move is paused, aborted, or the daemon ends. What was copied stays, and counts."""
 
     code = "operation_pending"
+
+
+class Busy(VolumedError):
+    """Somebody took the volume in the moment before it was to be held still."""
+
+    code = "in_use"
+    retry_after = 1.0
+
+
+class EngineSilent(HostError):
+    """A container engine does not answer: it may be starting anew."""
+
+    retry_after = 1.0
 
 
 class Estimate(NamedTuple):
@@ -137,6 +150,10 @@ class Mover(ABC):
         """What the next round would have to copy, as far as it is known without looking; None when it is not."""
         return None
 
+    def changed(self) -> bool | None:
+        """Whether anything was written to the source since the last round began; None when that cannot be told."""
+        return None
+
     @abstractmethod
     def verify(self, control: Control) -> Verified:
         """Digests (blake3) of what was read from the source, by the rounds, against what is read back from the target,
@@ -167,12 +184,28 @@ class Writers(ABC):
         """A line for each, for people: `docker container web-1 is stopped and started again`."""
 
     @abstractmethod
-    def hold(self, plan: bytes) -> None:
-        """From its return on none of them writes. Called without any lock of ours: an engine may call us back from it
-        (Unmount). When it raises, `release` is called."""
+    def hold(self, plan: bytes, note: Callable[[bytes], None]) -> None:
+        """From its return on none of them writes, unless their user lets them. `note` is given the plan with what is
+        about to be done to one of them, before it is done. Called without any lock of ours: an engine may call us back
+        from it (Unmount). When it raises, `release` is called. Raises InUse, and Busy when it may do a moment later."""
+
+    @abstractmethod
+    def seal(self, plan: bytes) -> None:
+        """From its return on none of them can write to the old place, whatever their user does, until they are let go.
+        Asks no engine, as its caller holds the volume's lock. Raises Busy."""
+
+    @abstractmethod
+    def check_alone(self, plan: bytes) -> None:
+        """As late as can be: raises Busy when a container uses the volume that was started since the plan, by an engine
+        that does not ask us. Asks no engine."""
+
+    @abstractmethod
+    def left_behind(self, plan: bytes) -> Sequence[str]:
+        """A line for each that came after that and sees the old place."""
 
     @abstractmethod
     def release(self, plan: bytes, *, moved: bool) -> Sequence[str]:
-        """Let them go on, in the order of their start; whatever of it is done already is success. `moved`: the path of
-        the volume on the host shows the new place now, and whoever was only frozen must see it there, too. Returns a
-        line for each that could not be brought back, and goes on with the others."""
+        """Let go on whom we held, in the order of their start; whatever of it is done already is success, and what
+        their user did to them meanwhile stays done. `moved`: the path of the volume on the host shows the new place
+        now, and whoever was only frozen must see it there, too. Returns a line for each that could not be brought back,
+        and goes on with the others. Raises EngineSilent when an engine did not answer, and all is to be tried again."""

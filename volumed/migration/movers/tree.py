@@ -69,6 +69,10 @@ class TreeMover(Mover):
         names = self._child().order("pending", Control())
         return None if names is None else Estimate(names * _GUESS, names)
 
+    def changed(self) -> bool | None:
+        changed: bool | None = self._child().order("changed", Control())
+        return changed
+
     def verify(self, control: Control) -> Verified:
         told = self._child().order("compare", control)
         return Verified(

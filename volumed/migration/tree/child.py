@@ -142,6 +142,9 @@ class Child:
     def _do_pending(self) -> int | None:
         return None if self._tracker is None else self._tracker.pending()
 
+    def _do_changed(self) -> bool | None:
+        return None if self._tracker is None else self._tracker.paths() != []
+
     def _ticked_idly(self) -> None:
         self._pool.shared.gate(0)(0)
         self._tick(self._rounds)

@@ -94,6 +94,16 @@ class Tracker:
         with self._lock:
             found, self._found = self._found, set()
             lost, self._lost = self._lost, False
+        return self._paths(found, lost=lost)
+
+    def paths(self) -> list[str] | None:
+        """What `take` would give."""
+        self._read_all()
+        with self._lock:
+            found, lost = set(self._found), self._lost
+        return self._paths(found, lost=lost)
+
+    def _paths(self, found: set[tuple[int, bytes, bytes]], *, lost: bool) -> list[str] | None:
         if lost:
             return None
         try:

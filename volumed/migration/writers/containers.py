@@ -7,26 +7,38 @@ stopped and started: a file that is open stays where it is, and would be written
 from __future__ import annotations
 
 import contextlib
+import enum
 import os
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from volumed.core.core import Core
-from volumed.errors import InUse, MountFailed, NotSupported, VolumedError
+from volumed.driver import MountEntry
+from volumed.errors import HostError, InUse, MountFailed, NotSupported, VolumedError
 from volumed.host import swap
 from volumed.migration.move import StopWriters
-from volumed.migration.movers.mover import Writers
-from volumed.migration.writers.engines import ContainerEngine, DockerEngine, PodmanEngine
+from volumed.migration.movers.mover import Busy, EngineSilent, Writers
+from volumed.migration.writers.engines import Container, ContainerEngine, DockerEngine, PodmanEngine
 from volumed.model import Binding, Engine, Volume
 
 RUNNING = frozenset({"running", "restarting"})
+ENDED = frozenset({"exited", "created", "dead", "stopped"})
+
+
+class How(enum.StrEnum):
+    """What we did to a container, or are about to."""
+
+    NOTHING = "nothing"  # it is paused, or ended by itself
+    FROZEN = "frozen"
+    STOPPED = "stopped"
 
 
 class Held(msgspec.Struct, frozen=True):
-    """A container as it was before it was held."""
+    """A container as it was before it was held, and how it is."""
 
     engine: Engine
     id: str
@@ -35,6 +47,13 @@ class Held(msgspec.Struct, frozen=True):
     started: str
     obstacle: str
     targets: tuple[str, ...]  # where it sees the volume
+    readonly: tuple[str, ...]  # where of these it must not write
+    how: How = How.NOTHING
+    space: str | None = None  # of one that is frozen, or paused: its mount namespace
+
+    @property
+    def writable(self) -> Iterable[str]:
+        return (target for target in self.targets if target not in self.readonly)
 
 
 class ContainerWriters(Writers):
@@ -47,10 +66,13 @@ class ContainerWriters(Writers):
         self._path = path
         self._bindings = bindings
         self._freeze = freeze
+        self._old: MountEntry | None = None
 
     def plan(self) -> bytes:
         """In the order of their start. Raises InUse for a hold whose container is not known."""
-        targets: dict[tuple[Engine, str], set[str]] = {}
+        own = swap.mount_in(os.getpid(), str(self._path))
+        all_readonly = own is not None and "ro" in own.options
+        targets: dict[tuple[Engine, str], dict[str, bool]] = {}
         for binding in self._bindings:
             if not binding.consumers:
                 raise InUse(
@@ -59,7 +81,9 @@ class ContainerWriters(Writers):
                     hint="it is known when the engine answers; or stop it yourself",
                 )
             for consumer in binding.consumers:
-                targets.setdefault((binding.engine, consumer.id), set()).add(consumer.target)
+                targets.setdefault((binding.engine, consumer.id), {})[consumer.target] = (
+                    consumer.readonly or all_readonly
+                )
         held = []
         for (engine, identifier), places in targets.items():
             found = self._engine(engine).look(identifier)
@@ -78,6 +102,7 @@ class ContainerWriters(Writers):
                         started=found.started,
                         obstacle=found.obstacle,
                         targets=tuple(sorted(places)),
+                        readonly=tuple(sorted(target for target, readonly in places.items() if readonly)),
                     )
                 )
         return msgspec.json.encode(sorted(held, key=lambda each: each.started))
@@ -89,36 +114,54 @@ class ContainerWriters(Writers):
             for each in _decoded(plan)
         ]
 
-    def hold(self, plan: bytes) -> None:
+    def hold(self, plan: bytes, note: Callable[[bytes], None]) -> None:
         """Last started, first stopped."""
-        for each in reversed(_decoded(plan)):
-            engine = self._engine(each.engine)
-            found = engine.look(each.id)
-            if found is None or found.status not in RUNNING | {"paused"}:
-                continue
-            if found.status != "paused":
-                if self._freeze and found.status == "running" and self._frozen_idle(engine, each):
-                    continue
-                self._stop(engine, each)
-            elif not self._freeze:
-                raise InUse(
-                    "is paused with the volume's file system mounted, which its device cannot be copied under",
-                    subject=f"container {each.name}",
-                    hint="stop it, or let it go on, and try again",
-                )
-            elif not self._idle(each, found.pid):
-                raise InUse(
-                    "is paused with a file open on the volume",
-                    subject=f"container {each.name}",
-                    hint="stop it, or let it go on, and try again",
-                )
+        held = _decoded(plan)
 
-    def _frozen_idle(self, engine: ContainerEngine, held: Held) -> bool:
+        def noted(number: int, **fields: object) -> None:
+            held[number] = msgspec.structs.replace(held[number], **fields)
+            note(msgspec.json.encode(held))
+
+        for number, each in reversed(list(enumerate(held))):
+            try:
+                self._hold(self._engine(each.engine), each, partial(noted, number))
+            except EngineSilent:
+                raise
+            except HostError as error:  # refused, most likely as its user did something to it a moment ago
+                raise Busy(error.text, subject=error.subject) from None
+
+    def _hold(self, engine: ContainerEngine, held: Held, noted: Callable[..., None]) -> None:
+        found = engine.look(held.id)
+        if found is None or found.status in ENDED:
+            return
+        if found.status == "paused":
+            self._check_paused(held, found.pid)
+            noted(started=found.started, space=swap.mount_namespace(found.pid))
+        elif found.status not in RUNNING:
+            raise Busy(f"is {found.status}", subject=f"container {held.name}")
+        elif not (self._freeze and found.status == "running" and self._frozen_idle(engine, held, found, noted)):
+            self._stop(engine, held, noted)
+
+    def _check_paused(self, held: Held, pid: int) -> None:
+        """By its user, who may want it so."""
+        reason = ""
+        if not self._freeze:
+            reason = "the volume's file system mounted, which its device cannot be copied under"
+        elif not self._idle(held, pid):
+            reason = "a file open on the volume"
+        if reason:
+            raise InUse(
+                f"is paused with {reason}",
+                subject=f"container {held.name}",
+                hint="stop it, or let it go on, and try again",
+            )
+
+    def _frozen_idle(self, engine: ContainerEngine, held: Held, found: Container, noted: Callable[..., None]) -> bool:
         """Frozen, and found to hold nothing. What is seen before it is frozen may be otherwise a moment later, but one
         that is busy now is not worth freezing."""
-        found = engine.look(held.id)
-        if found is None or not self._idle(held, found.pid):
+        if not self._idle(held, found.pid):
             return False
+        noted(how=How.FROZEN, started=found.started, space=swap.mount_namespace(found.pid))
         engine.pause(held.id)
         if self._idle(held, found.pid):
             return True
@@ -137,22 +180,62 @@ class ContainerWriters(Writers):
                 return False
         return not swap.has_namespaces_within(pid)
 
-    def _stop(self, engine: ContainerEngine, held: Held) -> None:
+    def _stop(self, engine: ContainerEngine, held: Held, noted: Callable[..., None]) -> None:
         if held.obstacle:
             raise InUse(
                 f"holds files of the volume and is not stopped by us: {held.obstacle}",
                 subject=f"container {held.name}",
                 hint="stop it yourself, or let the move wait until nobody uses the volume",
             )
+        noted(how=How.STOPPED, space=None)
         engine.stop(held.id)
 
+    def seal(self, plan: bytes) -> None:
+        """Who is frozen may be let go by its user at any time, be it to end it."""
+        for each in _decoded(plan):
+            for target in each.writable:
+                self._seal(each, target)
+
+    def check_alone(self, plan: bytes) -> None:
+        held = _decoded(plan)
+        if all(self._engine(each.engine).asks_for_each for each in held):
+            return
+        self._old = swap.mount_in(os.getpid(), str(self._path))
+        came = self._came(held)
+        if came:
+            raise Busy(f"is used by what was started meanwhile: {', '.join(came)}")
+
+    def left_behind(self, plan: bytes) -> Sequence[str]:
+        return [
+            f"{who} was started in the instant of the switch and sees the old place: restart it; what it wrote is there"
+            for who in self._came(_decoded(plan))
+        ]
+
+    def _came(self, held: Sequence[Held]) -> list[str]:
+        return swap.elsewhere(self._old, {each.space for each in held}) if self._old is not None else []
+
+    @staticmethod
+    def _seal(held: Held, target: str) -> None:
+        while (pid := next(swap.processes_in(held.space), None)) is not None:
+            try:
+                swap.set_readonly(pid, target, readonly=True)
+            except MountFailed as error:
+                if swap.mount_namespace(pid) == held.space:
+                    raise Busy(f"was let go, and writes: {error.text}", subject=f"container {held.name}") from None
+            else:
+                return
+
     def release(self, plan: bytes, *, moved: bool) -> Sequence[str]:
-        stranded = []
+        stranded, silent = [], None
         for each in _decoded(plan):
             try:
                 self._release(each, moved=moved)
+            except EngineSilent as error:
+                silent = error
             except VolumedError as error:
                 stranded.append(f"container {each.name} could not be brought back as it was: {error}")
+        if silent is not None:
+            raise silent
         return stranded
 
     def _release(self, held: Held, *, moved: bool) -> None:
@@ -160,32 +243,40 @@ class ContainerWriters(Writers):
         found = engine.look(held.id)
         if found is None:
             return  # removed meanwhile, by whoever may
-        if moved and found.status in {"paused", "running"}:
-            self._show_new_place(engine, held, pid=found.pid, paused=found.status == "paused")
-            found = engine.look(held.id) or found
-        if held.status == "paused":
-            return
-        if found.status == "paused":
+        # One that was started since was given what the path shows, as we were asked.
+        if found.status in {"paused", "running"} and found.started == held.started:
+            if moved and not self._show_new_place(engine, held, found):
+                engine.start(held.id)
+                return
+            if not moved and held.space is not None:
+                for target in held.writable:
+                    swap.set_readonly(found.pid, target, readonly=False)
+        if held.how is How.FROZEN and found.status == "paused":
             engine.resume(held.id)
-        elif found.status not in RUNNING:
+        elif held.how is How.STOPPED and found.status in ENDED:
             engine.start(held.id)
 
-    def _show_new_place(self, engine: ContainerEngine, held: Held, *, pid: int, paused: bool) -> None:
-        """A frozen one that cannot be shown it dies before it runs again: it would write to the old place."""
+    def _show_new_place(self, engine: ContainerEngine, held: Held, found: Container) -> bool:
+        """Whether it could be. One that cannot be shown it is stopped; a frozen one dies before it runs again."""
         try:
             for target in held.targets:
-                own, entry = swap.mount_in(os.getpid(), str(self._path)), swap.mount_in(pid, target)
+                own, entry = swap.mount_in(os.getpid(), str(self._path)), swap.mount_in(found.pid, target)
                 if own is None:
                     raise MountFailed("nothing is mounted there", subject=str(self._path))
                 if entry is None or (entry.device, entry.root) != (own.device, own.root):
-                    swap.swap(pid, target, self._path)
+                    swap.swap(found.pid, target, self._path, readonly=target in held.readonly)
+                elif held.space is not None and target not in held.readonly:  # the old place, which is the volume again
+                    swap.set_readonly(found.pid, target, readonly=False)
         except VolumedError:
-            if not paused:
+            if found.status == "paused":
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(found.pid, signal.SIGKILL)  # acts in the instant in which it is let go
+                engine.resume(held.id)
+            elif held.obstacle:
                 raise
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)  # acts in the instant in which it is let go
-            engine.resume(held.id)
             engine.stop(held.id)  # to wait until it has ended, and not to be restarted before we do
+            return False
+        return True
 
     def _engine(self, engine: Engine) -> ContainerEngine:
         try:

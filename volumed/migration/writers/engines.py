@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from volumed.driver import Host
 from volumed.errors import CommandFailed, HostError
+from volumed.migration.movers.mover import EngineSilent
 from volumed.model import Engine
 from volumed.unix_http import UnixConnection
 
@@ -30,10 +31,14 @@ class Container(NamedTuple):
 
 class ContainerEngine(ABC):
     engine: Engine
+    # Whether it asks us for a mount before each start of a container; else one that starts beside others, be they
+    # frozen, is given what is mounted, and nobody tells us. (Podman counts by itself, and too many after a restart.)
+    asks_for_each: bool
 
     @abstractmethod
     def look(self, container: str) -> Container | None:
-        """None when there is no such container. All raise HostError when the engine does not answer, or refuses."""
+        """None when there is no such container. All raise EngineSilent when the engine does not answer, HostError when
+        it refuses."""
 
     @abstractmethod
     def pause(self, container: str) -> None: ...
@@ -51,6 +56,7 @@ class ContainerEngine(ABC):
 
 class DockerEngine(ContainerEngine):
     engine = Engine.DOCKER
+    asks_for_each = True
 
     def __init__(self, socket: Path) -> None:
         self._socket = socket
@@ -90,13 +96,14 @@ class DockerEngine(ContainerEngine):
             body = answer.read()
             return answer.status, json.loads(body) if body else {}
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise HostError(f"docker does not answer: {error}", subject=str(self._socket)) from None
+            raise EngineSilent(f"docker does not answer: {error}", subject=str(self._socket)) from None
         finally:
             connection.close()
 
 
 class PodmanEngine(ContainerEngine):
     engine = Engine.PODMAN
+    asks_for_each = False
 
     def __init__(self, host: Host, command: str, *, arguments: Sequence[str]) -> None:
         self._host = host
