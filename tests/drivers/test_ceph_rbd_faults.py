@@ -83,7 +83,7 @@ def hang(ceph: Ceph) -> Iterator[Callable[[str], None]]:
     yield hang
     for name in hung:
         ceph.resume(name)
-    wait_until(ceph.clean, timeout=READY)
+    ceph.recover()
 
 
 Job = Callable[[CephRbdDriver, Handle], object]
@@ -105,7 +105,7 @@ def test_an_osd_that_hangs(ceph: Ceph, make_rbd: MakeRbd, hang: Callable[[str], 
     with pytest.raises(BackendError, match="did not answer|could not map|in time"):
         JOBS[job](driver, handle)
     ceph.resume("osd.0")
-    wait_until(ceph.clean, timeout=READY)
+    ceph.recover()
     patient = make_rbd(timeout=60)  # the watch of a client that was given up lasts for half a minute
     JOBS[job](patient, handle)
     assert len([found for found in patient.list() if found.whole]) == (
@@ -121,7 +121,7 @@ def test_unmapping_while_an_osd_hangs_does_not_hang(ceph: Ceph, make_rbd: MakeRb
     driver.unmap(handle)
     assert driver.mapped(handle) is None
     ceph.resume("osd.0")
-    wait_until(ceph.clean, timeout=READY)
+    ceph.recover()
     wait_until(lambda: not driver.holders(handle), timeout=60)
     assert driver.map(handle).open("rb").read(4) == b"kept"
 

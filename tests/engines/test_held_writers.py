@@ -7,16 +7,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.conftest import wait_until
 from tests.harness.docker import Docker, running_docker
 from tests.harness.podman import podman_with
-from volumed.errors import InUse
+from volumed.errors import HostError, InUse
 from volumed.host import mounts, swap
 from volumed.host.linux import LinuxHost
 from volumed.migration.movers.mover import Busy
-from volumed.migration.writers.containers import ContainerWriters
+from volumed.migration.writers.containers import ContainerWriters, Held
 from volumed.migration.writers.engines import DockerEngine, PodmanEngine
 from volumed.model import Binding, Consumer, Engine, VolumeId, now
 
@@ -74,6 +75,10 @@ def writers(docker: Docker, place: Place, *containers: str) -> ContainerWriters:
     return ContainerWriters([DockerEngine(docker.socket)], place.path, bindings, freeze=True)
 
 
+def ignore(_: bytes) -> None:
+    pass
+
+
 def hold(held: ContainerWriters) -> bytes:
     """The plan with what was done."""
     noted = [held.plan()]
@@ -103,7 +108,7 @@ def test_an_idle_container_never_notices(docker: Docker, place: Place) -> None:
     plan = hold(held)
     assert {status(docker, name) for name in before} == {"paused"}
     place.move()
-    assert held.release(plan, moved=True) == []
+    assert held.release(plan, ignore, moved=True) == []
     assert {status(docker, name) for name in before} == {"running"}
     assert {name: pid(docker, name) for name in before} == before
     for name in before:
@@ -134,7 +139,7 @@ def test_sealed_it_cannot_write_to_the_old_place_until_it_is_let_go(docker: Dock
     held.seal(plan)
     assert "Read-only" in docker("exec", "idle", "touch", "/data/file", check=False)
     again = writers(docker, place)  # by a daemon that knows the plan alone
-    assert again.release(plan, moved=moved) == []
+    assert again.release(plan, ignore, moved=moved) == []
     docker("exec", "idle", "touch", "/data/file")
     assert "Read-only" in docker("exec", "reader", "touch", "/data/file", check=False)
 
@@ -147,7 +152,7 @@ def test_who_was_stopped_by_its_user_is_not_started(docker: Docker, place: Place
     plan = hold(held)
     docker("stop", "-t", "0", "stopped")
     docker("rm", "-f", "removed")
-    assert held.release(plan, moved=False) == []
+    assert held.release(plan, ignore, moved=False) == []
     assert (status(docker, "stopped"), status(docker, "paused")) == ("exited", "paused")
     docker("unpause", "paused")
 
@@ -163,11 +168,58 @@ def test_a_busy_container_is_stopped_and_started_and_loses_nothing(docker: Docke
     time.sleep(0.3)
     assert log.stat().st_size == size
     place.move()
-    assert held.release(plan, moved=True) == []
+    assert held.release(plan, ignore, moved=True) == []
     assert status(docker, "busy") == "running"
     wait_until((place.new / "log").exists)
     assert log.stat().st_size == size
     assert docker("inspect", "--format", "{{.HostConfig.RestartPolicy.Name}}", "busy") == "always"
+
+
+def test_a_number_that_is_somebody_elses_by_now_is_left_alone(docker: Docker, place: Place) -> None:
+    run(docker, place, "idle", "while true; do sleep 0.1; done")
+    held = writers(docker, place, "idle")
+    (noted,) = msgspec.json.decode(hold(held), type=list[Held])
+    docker("unpause", "idle")
+    another = msgspec.structs.replace(noted, born=(noted.born or 0) - 1)
+    held.seal(msgspec.json.encode([another]))
+    docker("exec", "idle", "touch", "/data/file")
+
+
+def test_nobody_is_touched_when_one_cannot_be_held(docker: Docker, place: Place) -> None:
+    for name in ("busy", "stuck"):
+        run(docker, place, name, f"exec 3>/data/{name}; while true; do sleep 0.1; done")
+        wait_until((place.path / name).exists)
+    docker("pause", "stuck")
+    before = pid(docker, "busy")
+    with pytest.raises(InUse, match="stuck: is paused with a file open"):
+        hold(writers(docker, place, "busy", "stuck"))
+    assert pid(docker, "busy") == before
+    docker("unpause", "stuck")
+
+
+def test_one_that_had_to_be_stopped_to_see_the_new_place_is_started_however_often_that_fails(
+    docker: Docker, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(docker, place, "idle", "trap exit TERM; while true; do sleep 0.1; done")
+    held = writers(docker, place, "idle")
+    noted = [hold(held)]
+    docker("unpause", "idle")
+    docker("exec", "-d", "idle", "sh", "-c", "exec 3</data/where; sleep 1000")
+    number = int(pid(docker, "idle"))
+    entry = swap.mount_in(number, "/data")
+    assert entry is not None
+    wait_until(lambda: bool(swap.users(number, entry)))
+    place.move()
+    with monkeypatch.context() as broken:
+        broken.setattr(DockerEngine, "start", refuse)
+        assert held.release(noted[-1], noted.append, moved=True)
+    assert status(docker, "idle") == "exited"
+    assert held.release(noted[-1], noted.append, moved=True) == []
+    assert docker("exec", "idle", "cat", "/data/where") == "new"
+
+
+def refuse(*_: object) -> None:
+    raise HostError("the port is taken")
 
 
 def test_all_is_as_it_was_when_the_move_fails(docker: Docker, place: Place) -> None:
@@ -179,13 +231,13 @@ def test_all_is_as_it_was_when_the_move_fails(docker: Docker, place: Place) -> N
     held = writers(docker, place, "idle", "busy", "paused")
     plan = hold(held)
     again = writers(docker, place)  # by a daemon that knows the plan alone
-    assert again.release(plan, moved=False) == []
+    assert again.release(plan, ignore, moved=False) == []
     assert {name: status(docker, name) for name in ("idle", "busy", "paused")} == {
         "idle": "running",
         "busy": "running",
         "paused": "paused",
     }
-    assert again.release(plan, moved=False) == []
+    assert again.release(plan, ignore, moved=False) == []
     docker("unpause", "paused")
 
 
@@ -196,7 +248,7 @@ def test_letting_go_may_be_cut_short_and_begun_again(docker: Docker, place: Plac
     plan = hold(held)
     place.move()
     swap.swap(int(pid(docker, "idle")), "/data", place.path, readonly=False)
-    assert held.release(plan, moved=True) == []
+    assert held.release(plan, ignore, moved=True) == []
     for name in ("idle", "other"):
         assert docker("exec", name, "cat", "/data/where") == "new"
 
@@ -211,7 +263,7 @@ def test_a_frozen_one_that_cannot_be_shown_the_new_place_never_writes_to_the_old
     size = (place.old / "log").stat().st_size if (place.old / "log").exists() else 0
     try:
         place.move()
-        assert held.release(plan, moved=True) == []
+        assert held.release(plan, ignore, moved=True) == []
     finally:
         os.close(holder)
     assert status(docker, "idle") == "running"
@@ -226,7 +278,7 @@ def test_who_must_not_be_stopped_is_named(docker: Docker, place: Place) -> None:
     with pytest.raises(InUse, match=r"fleeting.*started with --rm"):
         hold(held)
     plan = held.plan()
-    assert held.release(plan, moved=False) == []
+    assert held.release(plan, ignore, moved=False) == []
     assert status(docker, "fleeting") == "running"
     unknown = Binding(volume_id=VolumeId("v"), node="n", engine=Engine.DOCKER, mount_id="f" * 64, since=now())
     with pytest.raises(InUse, match="cannot be told"):
@@ -268,7 +320,7 @@ def test_podman_s_containers_are_held_alike(place: Place, tmp_path: Path) -> Non
         assert seen == {"idle": "paused", "busy": "exited"}
         size = (place.old / "log").stat().st_size
         place.move()
-        assert held.release(plan, moved=True) == []
+        assert held.release(plan, ignore, moved=True) == []
         assert podman("exec", "idle", "cat", "/data/where") == "new"
         wait_until((place.new / "log").exists)
         assert (place.old / "log").stat().st_size == size

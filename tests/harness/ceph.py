@@ -13,7 +13,6 @@ import shutil
 import signal
 import socket
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,6 @@ from tests.harness.processes import Process
 POOL = "rbd"
 FILESYSTEM = "files"
 READY = 60.0
-REPORTS = 10.0  # twice as often as an OSD tells the manager of its placement groups (mgr_stats_period)
 
 _CONF = """
 [global]
@@ -58,6 +56,8 @@ osd_pool_default_pg_num = 8
 osd_pool_default_pgp_num = 8
 osd_pool_default_pg_autoscale_mode = off
 osd_crush_chooseleaf_type = 0
+# It is marked down by tests, often, and must not take that for a reason to end itself.
+osd_max_markdown_count = 1000
 osd_class_load_list = *
 osd_class_default_list = *
 mon_allow_pool_size_one = true
@@ -210,12 +210,16 @@ class Ceph:
 
     def recover(self) -> None:
         """After the OSD lay still for longer than its leases on its placement groups. As it is the only one it may find
-        no way back by itself: they stay laggy and answer nothing, for 800 s and more (Ceph 16). Marked down it takes
-        part anew; not always, as one that is marked down too often ends itself (osd_max_markdown_count)."""
-        time.sleep(REPORTS)
-        if not self.clean():
-            self.ceph("osd", "down", "0")
-        wait_until(self.clean, timeout=READY)
+        no way back by itself: from the next question on they are laggy and answer nothing, for 800 s and more (Ceph
+        16). Marked down it takes part anew."""
+        before = self._up_since()
+        self.ceph("osd", "down", "0")
+        wait_until(lambda: self._up_since() > before and self.clean(), timeout=READY)
+
+    def _up_since(self) -> int:
+        """The epoch of the cluster's map."""
+        (found,) = self.told("osd", "dump")["osds"]
+        return int(found["up_from"])
 
     def kill(self, name: str) -> None:
         """As a crash does. An OSD in memory forgets everything: end that one instead, if its data shall come back."""

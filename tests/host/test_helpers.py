@@ -44,7 +44,7 @@ def _none_left(host: LinuxHost) -> object:
 
 
 def lives(pid: int) -> bool:
-    return helpers._born(pid) is not None
+    return helpers.born(pid) is not None
 
 
 def test_it_outlives_a_killed_starter_and_is_found_again(tmp_path: Path, host: LinuxHost) -> None:

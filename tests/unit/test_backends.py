@@ -135,6 +135,16 @@ def test_a_request_that_never_got_a_worker_was_never_begun() -> None:
     assert ran == []
 
 
+def test_who_holds_a_lock_does_not_wait_for_those_who_wait_for_it() -> None:
+    backend, lock = make_backend(workers=1), threading.Lock()
+    with lock:
+        waiting = backend.begin(lambda: lock.acquire(timeout=30))
+        with context.request(timeout=5):
+            assert backend.call_holding(lambda: 42) == 42
+    assert waiting.wait()
+    lock.release()
+
+
 def test_the_request_id_goes_along_to_the_worker() -> None:
     with context.request("abc123"):
         assert make_backend().call(context.request_id.get) == "abc123"

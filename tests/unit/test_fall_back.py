@@ -7,12 +7,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import msgspec
 import pytest
 
 from tests.unit.conftest import Lab
 from volumed.core import mounts
 from volumed.driver import Facts
-from volumed.errors import BackendUnavailable, HostError, InUse, OperationPending
+from volumed.errors import BackendUnavailable, DeadlineExceeded, HostError, InUse, OperationPending
+from volumed.migration.migrations import Migrations
 from volumed.migration.move import Move
 from volumed.migration.movers.mover import Control
 from volumed.migration.places import OtherPlace, at, place_of
@@ -147,6 +149,24 @@ def test_until_it_is_shown_nobody_gets_the_volume(moved: Moved) -> None:
         waiting.result(30)
     assert moved.records.get("data").phase is MigrationPhase.KEPT
     assert lab.host.source_of(core.mounts.presence.path(moved.volume.id)).is_relative_to(lab.storages["two"].folder)
+
+
+def test_the_old_server_is_not_asked_any_more(moved: Moved, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab, core, old = moved.lab, moved.lab.core, moved.lab.driver("one")
+    core.mounts.presence.establish(at(moved.volume, moved.move.migration.source), old)
+    monkeypatch.setattr(type(old), "owns_mount", lambda self, *_: self is old)
+    old.remote = True  # type: ignore[misc]
+    lab.host.fail("tree_status", DeadlineExceeded("its server does not answer"))
+    moved.move.run()
+    assert moved.records.get("data").phase is MigrationPhase.KEPT
+    assert lab.mounted() == set()
+
+
+def test_one_that_rests_and_holds_somebody_still_is_looked_at_again(moved: Moved) -> None:
+    migrations = Migrations(moved.lab.core)
+    resting = msgspec.structs.replace(moved.move.migration, phase=MigrationPhase.CONVERGING, paused=True)
+    assert not migrations._is_to_go_on(resting)
+    assert migrations._is_to_go_on(msgspec.structs.replace(resting, held=b"[]"))
 
 
 def test_until_it_is_shown_it_is_not_at_the_volumes_path(moved: Moved, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ class Held(Writers):
     def left_behind(self, plan: bytes) -> Sequence[str]:
         return []
 
-    def release(self, plan: bytes, *, moved: bool) -> Sequence[str]:
+    def release(self, plan: bytes, note: Callable[[bytes], None], *, moved: bool) -> Sequence[str]:
         self.released.append(moved)
         self._refusals -= 1
         if self._refusals >= 0 and self._silent:

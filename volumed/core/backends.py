@@ -46,6 +46,7 @@ T = TypeVar("T")
 WORK_TIMEOUT = 600.0
 # How many callers may wait for a worker: more than the containers that a machine starts at once.
 WAITING = 256
+HOLDERS = 8  # workers for those who hold a volume's lock: moves and copies, of which few run at once
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ class Backend:
         self.measured: Measured | None = None  # by the last probe; None where the driver cannot tell
         self._probing = threading.Lock()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix=f"backend-{name}")
+        self._holders_pool = ThreadPoolExecutor(HOLDERS, thread_name_prefix=f"backend-{name}-holder")
         # Bursts wait their turn; with more than this waiting the backend is not keeping up, or hangs.
         self.room = workers + waiting
         self._room = threading.BoundedSemaphore(self.room)
@@ -223,6 +225,13 @@ class Backend:
         """
         return self.begin(job, late=late).wait()
 
+    def call_holding(self, job: Callable[[], T]) -> T:
+        """As `call`, for a caller that holds a volume's lock: its workers wait for no lock, so it never has to wait for
+        those who wait for its own."""
+        ticket = _Ticket()
+        future = self._holders_pool.submit(contextvars.copy_context().run, _work, job, ticket, None)
+        return Pending(future, ticket, subject=f"backend {self.name}").wait()
+
     def begin(self, job: Callable[[], T], *, late: Callable[[T], None] | None = None) -> Pending[T]:
         """As `call`, for a caller that waits in its own way."""
         if not self._room.acquire(blocking=False):
@@ -240,7 +249,8 @@ class Backend:
 
     def close(self) -> None:
         """Take no more jobs; those that run are not waited for: a hung one would hold the daemon."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._holders_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Backends:

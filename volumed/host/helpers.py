@@ -76,7 +76,7 @@ class Helpers:
                     cwd="/",
                 )
             self._children[child.pid] = child
-            record = _Record(child.pid, _born(child.pid) or 0, self._boot, tuple(words))
+            record = _Record(child.pid, born(child.pid) or 0, self._boot, tuple(words))
             new = place / "process.new"
             new.write_bytes(msgspec.json.encode(record))
             new.rename(place / "process")
@@ -93,7 +93,7 @@ class Helpers:
         child = self._children.get(record.pid)
         if child is not None and child.poll() is not None:
             self._children.pop(record.pid, None)
-        running = record.boot == self._boot and _born(record.pid) == record.born
+        running = record.boot == self._boot and born(record.pid) == record.born
         return Helper(name, record.pid, record.argv, running=running)
 
     def find_all(self, prefix: str) -> Iterator[Helper]:
@@ -171,7 +171,7 @@ def _end(pid: int, number: signal.Signals, patience: float) -> None:
         os.close(descriptor)
 
 
-def _born(pid: int) -> int | None:
+def born(pid: int) -> int | None:
     """proc(5): the 22nd field of stat; None for what does not run (a zombie does not)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].split()

@@ -154,11 +154,11 @@ class Copying:
         presence = core.mounts.presence
         with core.locks.hold(volume.id, subject=f"volume {volume.name}"):
             handle_of(volume)
-            backend.call(lambda: _unmount(core, volume))
+            backend.call_holding(lambda: _unmount(core, volume))
             try:
-                yield backend.call(lambda: presence.establish(volume, backend.driver))
+                yield backend.call_holding(lambda: presence.establish(volume, backend.driver))
             finally:
-                backend.call(lambda: presence.remove(volume, backend.driver))
+                backend.call_holding(lambda: presence.remove(volume, backend.driver))
                 with self._repository.transaction() as transaction:
                     transaction.touch(volume.id)
 
@@ -238,7 +238,7 @@ class Copying:
         with core.locks.hold(self.copy.volume_id, subject=f"volume {self.copy.volume_name}"):
             volume = check_replaceable(core, self.copy.volume_id)
             backend = core.backends.get(volume.backend)
-            backend.call(lambda: _unmount(core, volume))
+            backend.call_holding(lambda: _unmount(core, volume))
             with core.locks.hold(made.id):
                 current, fresh = self._repository.volume(volume.id), self._repository.volume(made.id)
                 if current is None or fresh is None:

@@ -72,7 +72,7 @@ class LiveMove(Move):
         try:
             with self._site.locked() as volume:
                 self._refuse_others(volume)
-                backend.call(lambda: layer.mirror(volume, *sides))
+                backend.call_holding(lambda: layer.mirror(volume, *sides))
             crash.point("live.mirrored")
             yield sides
         finally:
@@ -155,10 +155,10 @@ class LiveMove(Move):
         if not isinstance(driver, BlockDriver) or not source or not target or target <= source:
             return
         presence = core.mounts.presence
-        backend.call(lambda: presence.resize(volume, driver))
+        backend.call_holding(lambda: presence.resize(volume, driver))
         if volume.filesystem:
             provision = Provision(presence=presence, mounts=core.mounts, locks=core.locks)
-            backend.call(lambda: provision.fit(volume, driver))
+            backend.call_holding(lambda: provision.fit(volume, driver))
 
     # Back
     def _take_back(self) -> None:

@@ -220,15 +220,16 @@ class Migrations:
     def start(self) -> None:
         """Go on with what was cut short."""
         for migration in self.all():
-            stranded = migration.held and _rests(migration) and migration.node == self._core.node
-            if stranded or self._is_to_go_on(migration):
+            if self._is_to_go_on(migration):
                 self._spawn(migration.id)
         threading.Thread(target=self._sweep, name="migrations", daemon=True).start()
         self.copies.start()
 
     def _is_to_go_on(self, migration: Migration) -> bool:
+        """Also when it rests, and holds somebody still whom its engine did not let go."""
         over = migration.phase.ended or migration.phase is MigrationPhase.KEPT
-        return migration.node == self._core.node and not over and not _rests(migration)
+        rests = _rests(migration) and not migration.held
+        return migration.node == self._core.node and not over and not rests
 
     def stop(self) -> None:
         """What was copied stays, and goes on at the next start."""

@@ -247,7 +247,7 @@ class Move:
         ends, said = time.monotonic() + LETTING_GO, False
         while True:
             try:
-                stranded, silent = writers.release(self.migration.held, moved=moved), False
+                stranded, silent = writers.release(self.migration.held, self._note_held, moved=moved), False
             except EngineSilent as error:
                 stranded, silent = [f"its containers are held until the engine answers: {error}"], True
             if not stranded:

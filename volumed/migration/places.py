@@ -81,7 +81,7 @@ class OtherPlace:
         """What `volume`, which says the other place, needs on its storage; made again it is the same."""
         backend = self._backends.get(volume.backend)
         plain = msgspec.structs.replace(volume, ownership=Ownership())  # the data brings its owner along
-        return place_of(backend.call(lambda: self._provision.make(plain, backend, None, blank=blank)))
+        return place_of(backend.call_holding(lambda: self._provision.make(plain, backend, None, blank=blank)))
 
     def take(self, volume: Volume, source: Volume, tell: Tell) -> Place:
         """As `make`, with the data that the source has now, brought by the storage itself."""
@@ -92,25 +92,25 @@ class OtherPlace:
         """Its mounted tree, or its device."""
         backend = self._backends.get(volume.backend)
         if carrier is MovePath.TREE:
-            return backend.call(lambda: self._presence.establish(volume, backend.driver))
-        return backend.call(lambda: device_of(volume, backend, self._presence))
+            return backend.call_holding(lambda: self._presence.establish(volume, backend.driver))
+        return backend.call_holding(lambda: device_of(volume, backend, self._presence))
 
     def close(self, volume: Volume) -> None:
         """Neither mounted nor mapped any more. Raises InUse."""
         backend = self._backends.get(volume.backend)
-        backend.call(lambda: self._presence.remove(volume, backend.driver))
+        backend.call_holding(lambda: self._presence.remove(volume, backend.driver))
 
     def grow(self, volume: Volume) -> None:
         """The file system that came with the data, as large as the device is here."""
         backend = self._backends.get(volume.backend)
         driver = backend.driver
         if isinstance(driver, BlockDriver) and volume.filesystem:
-            backend.call(lambda: self._provision.fit(volume, driver))
+            backend.call_holding(lambda: self._provision.fit(volume, driver))
 
     def destroy(self, volume: Volume, snapshots: tuple[Snapshot, ...] = ()) -> None:
         """With its data and the snapshots that were left there. Made again it is success."""
         backend = self._backends.get(volume.backend)
-        backend.call(lambda: self._destroy(volume, backend, snapshots))
+        backend.call_holding(lambda: self._destroy(volume, backend, snapshots))
 
     def _destroy(self, volume: Volume, backend: Backend, snapshots: tuple[Snapshot, ...]) -> None:
         driver = backend.driver

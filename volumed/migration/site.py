@@ -12,9 +12,9 @@ from volumed import context
 from volumed.core.backends import Backend
 from volumed.core.core import Core
 from volumed.core.mounts import describe_each
-from volumed.core.presence import Observed
+from volumed.core.presence import Observed, handle_of
 from volumed.core.reach import attacher
-from volumed.driver import BlockDriver, FilesystemDriver
+from volumed.driver import BlockDriver, Driver, FilesystemDriver
 from volumed.errors import InUse, NotFound, NotSupported
 from volumed.host.holders import holders_of_mount, is_claimed
 from volumed.migration.movers.mover import Busy, Control
@@ -100,7 +100,7 @@ class Site:
                         transaction.disturb(volume.id)
             if block and not others:
                 backend = self.backend(volume)
-                backend.call(lambda: core.mounts.presence.remove(volume, backend.driver))
+                backend.call_holding(lambda: core.mounts.presence.remove(volume, backend.driver))
                 core.repository.calm(volume.id)
         crash.point("migrate.taken")
 
@@ -124,9 +124,9 @@ class Site:
             source, target = source_and_target(self.migration, volume)
             backend, presence = self.backend(source), self._core.mounts.presence
             if self.migration.carried_by is MovePath.TREE:
-                there = backend.call(lambda: presence.establish(source, backend.driver))
+                there = backend.call_holding(lambda: presence.establish(source, backend.driver))
             else:
-                there = backend.call(lambda: device_of(source, backend, presence))
+                there = backend.call_holding(lambda: device_of(source, backend, presence))
             return Sides(there, self.other().open(target, self.migration.carried_by))
 
     def copy_natively(self, control: Control) -> dict[str, object]:
@@ -154,9 +154,9 @@ class Site:
         presence, backend = self._core.mounts.presence, self.backend(volume)
         path = presence.path(volume.id)
         if volume.mode is not volume.mode.BLOCK and self._core.host.is_mountpoint(path):
-            backend.call(lambda: self._core.host.unmount(path))
+            backend.call_holding(lambda: self._core.host.unmount(path))
         self._check_let_go(volume, device)
-        if backend.call(lambda: device_of(volume, backend, presence)) != device:
+        if backend.call_holding(lambda: device_of(volume, backend, presence)) != device:
             raise Busy("its device changed", subject=f"volume {volume.name}")
         return self._core.repository.disturbed(volume.id)
 
@@ -197,35 +197,43 @@ class Site:
             old, new = self.backend(source), self.backend(target)
             if self.migration.path is MovePath.LIVE:
                 self.lead(target)
-            shown = new.call(lambda: presence.observe(target, new.driver))
-            if shown is not Observed.MOUNTED and (
-                old.call(lambda: presence.observe(source, old.driver)) is not Observed.FOREIGN
-            ):
+            if new.call_holding(lambda: presence.observe(target, new.driver)) is not Observed.MOUNTED:
                 try:
-                    old.call(lambda: presence.remove(source, old.driver))
+                    old.call_holding(lambda: self._hide(source, old.driver))
                 except InUse:
                     if core.host.is_mountpoint(presence.path(volume.id)):
                         raise
                     # Its device alone is held, by frozen containers: it goes when they were let go.
             crash.point("migrate.hidden")
             if core.repository.bindings(volume.id, node=core.node):
-                new.call(lambda: presence.establish(target, new.driver))
+                new.call_holding(lambda: presence.establish(target, new.driver))
             else:
-                new.call(lambda: presence.remove(target, new.driver))
+                new.call_holding(lambda: presence.remove(target, new.driver))
+
+    def _hide(self, place: Volume, driver: Driver) -> None:
+        """Unless somebody else's lies at the path. No server is asked: that of the old place may be dead by now."""
+        presence = self._core.mounts.presence
+        path = presence.path(place.id)
+        if isinstance(driver, FilesystemDriver):
+            foreign = self._core.host.is_mountpoint(path) and not driver.owns_mount(handle_of(place), path)
+        else:
+            foreign = presence.observe(place, driver) is Observed.FOREIGN
+        if not foreign:
+            presence.remove(place, driver)
 
     def keep_old_place(self) -> None:
         """At the volume's path, where it still is unless the machine was started anew; for those that are held."""
         with self.locked() as volume:
             backend, presence = self.backend(volume), self._core.mounts.presence
             if self.migration.held or self._core.repository.bindings(volume.id, node=self._core.node):
-                backend.call(lambda: presence.establish(volume, backend.driver))
+                backend.call_holding(lambda: presence.establish(volume, backend.driver))
 
     def lead(self, place: Volume) -> float:
         """The volume's node to this place alone, if it is there at all; see `Layer.lead`. The caller holds the volume's
         lock."""
         backend, presence = self.backend(place), self._core.mounts.presence
         device = self.bare(place)
-        return 0.0 if device is None else backend.call(lambda: presence.layer.lead(place.id, device))
+        return 0.0 if device is None else backend.call_holding(lambda: presence.layer.lead(place.id, device))
 
     def bare(self, place: Volume) -> Path | None:
         """Its device on this node, below the volume's node."""
@@ -233,7 +241,7 @@ class Site:
         driver = backend.driver
         if not isinstance(driver, BlockDriver) or place.handle is None:
             return None
-        return backend.call(lambda: self._core.mounts.presence.bare(place, driver))
+        return backend.call_holding(lambda: self._core.mounts.presence.bare(place, driver))
 
     def check_path_unheld(self, volume: Volume) -> None:
         """By a process of this machine, outside of containers: then the new place could not be shown there after the
@@ -251,7 +259,7 @@ class Site:
             backend = self.backend(source)
             driver = backend.driver
             if isinstance(driver, BlockDriver) and source.handle is not None:
-                backend.call(lambda: self._core.mounts.presence.unmap(source, driver))
+                backend.call_holding(lambda: self._core.mounts.presence.unmap(source, driver))
 
     def give_back(self, volume: Volume) -> None:
         core = self._core

@@ -112,7 +112,7 @@ class Undo:
         backend = self._core.backends.get(volume.backend)
         try:
             with context.request(context.request_id.get(), timeout=ANSWERING):
-                backend.call(lambda: backend.driver.inspect(handle_of(volume)))
+                backend.call_holding(lambda: backend.driver.inspect(handle_of(volume)))
         except Exception as error:  # (whatever it is, it does not work)
             _log.warning("volume %s cannot go back to backend %s: %s", volume.name, backend.name, error)
             return False

@@ -228,12 +228,12 @@ class Verifications:
         presence = core.mounts.presence
         with core.locks.hold(volume.id, subject=f"volume {volume.name}"):
             self._check_idle(volume)
-            backend.call(lambda: presence.remove(volume, backend.driver))
-            device = backend.call(lambda: device_of(volume, backend, presence))
+            backend.call_holding(lambda: presence.remove(volume, backend.driver))
+            device = backend.call_holding(lambda: device_of(volume, backend, presence))
             try:
                 return _read(DeviceMover(device, device, folder), MovePath.BLOCK, control)
             finally:
-                backend.call(lambda: presence.remove(volume, backend.driver))
+                backend.call_holding(lambda: presence.remove(volume, backend.driver))
 
     def _of_source(self, volume: Volume, moved: Migration, folder: Path, control: Control) -> Comparison:
         """The source of a move, which is to be what it was for as long as it is kept."""

@@ -204,8 +204,9 @@ class Writers(ABC):
         """A line for each that came after that and sees the old place."""
 
     @abstractmethod
-    def release(self, plan: bytes, *, moved: bool) -> Sequence[str]:
+    def release(self, plan: bytes, note: Callable[[bytes], None], *, moved: bool) -> Sequence[str]:
         """Let go on whom we held, in the order of their start; whatever of it is done already is success, and what
         their user did to them meanwhile stays done. `moved`: the path of the volume on the host shows the new place
-        now, and whoever was only frozen must see it there, too. Returns a line for each that could not be brought back,
-        and goes on with the others. Raises EngineSilent when an engine did not answer, and all is to be tried again."""
+        now, and whoever was only frozen must see it there, too. `note`: as of `hold`. Returns a line for each who could
+        not be brought back, and goes on with the others. Raises EngineSilent when an engine did not answer, and all is
+        to be tried again."""

@@ -20,6 +20,7 @@ from volumed.core.core import Core
 from volumed.driver import MountEntry
 from volumed.errors import HostError, InUse, MountFailed, NotSupported, VolumedError
 from volumed.host import swap
+from volumed.host.helpers import born
 from volumed.migration.move import StopWriters
 from volumed.migration.movers.mover import Busy, EngineSilent, Writers
 from volumed.migration.writers.engines import Container, ContainerEngine, DockerEngine, PodmanEngine
@@ -47,13 +48,20 @@ class Held(msgspec.Struct, frozen=True):
     started: str
     obstacle: str
     targets: tuple[str, ...]  # where it sees the volume
-    readonly: tuple[str, ...]  # where of these it must not write
+    readonly: tuple[str, ...] = ()  # where of these it must not write
     how: How = How.NOTHING
-    space: str | None = None  # of one that is frozen, or paused: its mount namespace
+    # Of one that is frozen, or paused: its first process, with which all others of it end, and when that was born. The
+    # kernel gives the numbers of processes and of namespaces anew.
+    pid: int = 0
+    born: int | None = None
 
     @property
     def writable(self) -> Iterable[str]:
         return (target for target in self.targets if target not in self.readonly)
+
+    @property
+    def lives(self) -> bool:
+        return self.pid != 0 and self.born is not None and born(self.pid) == self.born
 
 
 class ContainerWriters(Writers):
@@ -117,14 +125,11 @@ class ContainerWriters(Writers):
     def hold(self, plan: bytes, note: Callable[[bytes], None]) -> None:
         """Last started, first stopped."""
         held = _decoded(plan)
-
-        def noted(number: int, **fields: object) -> None:
-            held[number] = msgspec.structs.replace(held[number], **fields)
-            note(msgspec.json.encode(held))
-
+        for each in held:  # before any is touched
+            self._check_holdable(self._engine(each.engine), each)
         for number, each in reversed(list(enumerate(held))):
             try:
-                self._hold(self._engine(each.engine), each, partial(noted, number))
+                self._hold(self._engine(each.engine), each, partial(_change, held, note, number))
             except EngineSilent:
                 raise
             except HostError as error:  # refused, most likely as its user did something to it a moment ago
@@ -136,11 +141,18 @@ class ContainerWriters(Writers):
             return
         if found.status == "paused":
             self._check_paused(held, found.pid)
-            noted(started=found.started, space=swap.mount_namespace(found.pid))
+            noted(started=found.started, pid=found.pid, born=born(found.pid))
         elif found.status not in RUNNING:
             raise Busy(f"is {found.status}", subject=f"container {held.name}")
         elif not (self._freeze and found.status == "running" and self._frozen_idle(engine, held, found, noted)):
             self._stop(engine, held, noted)
+
+    def _check_holdable(self, engine: ContainerEngine, held: Held) -> None:
+        found = engine.look(held.id)
+        if found is not None and found.status == "paused":
+            self._check_paused(held, found.pid)
+        elif found is not None and found.status in RUNNING and not (self._freeze and self._idle(held, found.pid)):
+            self._check_stoppable(held)
 
     def _check_paused(self, held: Held, pid: int) -> None:
         """By its user, who may want it so."""
@@ -161,7 +173,7 @@ class ContainerWriters(Writers):
         that is busy now is not worth freezing."""
         if not self._idle(held, found.pid):
             return False
-        noted(how=How.FROZEN, started=found.started, space=swap.mount_namespace(found.pid))
+        noted(how=How.FROZEN, started=found.started, pid=found.pid, born=born(found.pid))
         engine.pause(held.id)
         if self._idle(held, found.pid):
             return True
@@ -181,14 +193,18 @@ class ContainerWriters(Writers):
         return not swap.has_namespaces_within(pid)
 
     def _stop(self, engine: ContainerEngine, held: Held, noted: Callable[..., None]) -> None:
+        self._check_stoppable(held)
+        noted(how=How.STOPPED, pid=0, born=None)
+        engine.stop(held.id)
+
+    @staticmethod
+    def _check_stoppable(held: Held) -> None:
         if held.obstacle:
             raise InUse(
                 f"holds files of the volume and is not stopped by us: {held.obstacle}",
                 subject=f"container {held.name}",
                 hint="stop it yourself, or let the move wait until nobody uses the volume",
             )
-        noted(how=How.STOPPED, space=None)
-        engine.stop(held.id)
 
     def seal(self, plan: bytes) -> None:
         """Who is frozen may be let go by its user at any time, be it to end it."""
@@ -212,24 +228,25 @@ class ContainerWriters(Writers):
         ]
 
     def _came(self, held: Sequence[Held]) -> list[str]:
-        return swap.elsewhere(self._old, {each.space for each in held}) if self._old is not None else []
+        if self._old is None:
+            return []
+        return swap.elsewhere(self._old, {swap.mount_namespace(each.pid) for each in held if each.lives})
 
-    @staticmethod
-    def _seal(held: Held, target: str) -> None:
-        while (pid := next(swap.processes_in(held.space), None)) is not None:
-            try:
-                swap.set_readonly(pid, target, readonly=True)
-            except MountFailed as error:
-                if swap.mount_namespace(pid) == held.space:
-                    raise Busy(f"was let go, and writes: {error.text}", subject=f"container {held.name}") from None
-            else:
-                return
+    def _seal(self, held: Held, target: str) -> None:
+        own, entry = swap.mount_in(os.getpid(), str(self._path)), swap.mount_in(held.pid, target)
+        if own is None or entry is None or (entry.device, entry.root) != (own.device, own.root) or not held.lives:
+            return  # its user ended it: what has that number now is nobody's we hold
+        try:
+            swap.set_readonly(held.pid, target, readonly=True)
+        except MountFailed as error:
+            if held.lives:
+                raise Busy(f"was let go, and writes: {error.text}", subject=f"container {held.name}") from None
 
-    def release(self, plan: bytes, *, moved: bool) -> Sequence[str]:
-        stranded, silent = [], None
-        for each in _decoded(plan):
+    def release(self, plan: bytes, note: Callable[[bytes], None], *, moved: bool) -> Sequence[str]:
+        stranded, silent, held = [], None, _decoded(plan)
+        for number, each in enumerate(held):
             try:
-                self._release(each, moved=moved)
+                self._release(each, partial(_change, held, note, number), moved=moved)
             except EngineSilent as error:
                 silent = error
             except VolumedError as error:
@@ -238,25 +255,35 @@ class ContainerWriters(Writers):
             raise silent
         return stranded
 
-    def _release(self, held: Held, *, moved: bool) -> None:
+    def _release(self, held: Held, noted: Callable[..., None], *, moved: bool) -> None:
         engine = self._engine(held.engine)
         found = engine.look(held.id)
         if found is None:
             return  # removed meanwhile, by whoever may
         # One that was started since was given what the path shows, as we were asked.
         if found.status in {"paused", "running"} and found.started == held.started:
-            if moved and not self._show_new_place(engine, held, found):
+            if moved and not self._show_new_place(engine, held, found, noted):
                 engine.start(held.id)
                 return
-            if not moved and held.space is not None:
-                for target in held.writable:
-                    swap.set_readonly(found.pid, target, readonly=False)
+            if not moved and held.pid:
+                try:
+                    for target in held.writable:
+                        swap.set_readonly(found.pid, target, readonly=False)
+                except VolumedError:
+                    self._go_on(engine, held, found)  # it can read at least, and tell its people
+                    raise
+        self._go_on(engine, held, found)
+
+    @staticmethod
+    def _go_on(engine: ContainerEngine, held: Held, found: Container) -> None:
         if held.how is How.FROZEN and found.status == "paused":
             engine.resume(held.id)
         elif held.how is How.STOPPED and found.status in ENDED:
             engine.start(held.id)
 
-    def _show_new_place(self, engine: ContainerEngine, held: Held, found: Container) -> bool:
+    def _show_new_place(
+        self, engine: ContainerEngine, held: Held, found: Container, noted: Callable[..., None]
+    ) -> bool:
         """Whether it could be. One that cannot be shown it is stopped; a frozen one dies before it runs again."""
         try:
             for target in held.targets:
@@ -265,15 +292,16 @@ class ContainerWriters(Writers):
                     raise MountFailed("nothing is mounted there", subject=str(self._path))
                 if entry is None or (entry.device, entry.root) != (own.device, own.root):
                     swap.swap(found.pid, target, self._path, readonly=target in held.readonly)
-                elif held.space is not None and target not in held.readonly:  # the old place, which is the volume again
+                elif held.pid and target not in held.readonly:  # the old place, which is the volume again
                     swap.set_readonly(found.pid, target, readonly=False)
         except VolumedError:
+            if found.status != "paused" and held.obstacle:
+                raise
+            noted(how=How.STOPPED)  # to be started again, however often that fails
             if found.status == "paused":
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(found.pid, signal.SIGKILL)  # acts in the instant in which it is let go
                 engine.resume(held.id)
-            elif held.obstacle:
-                raise
             engine.stop(held.id)  # to wait until it has ended, and not to be restarted before we do
             return False
         return True
@@ -302,6 +330,12 @@ def stopping_writers(core: Core) -> StopWriters:
         return ContainerWriters(engines, core.mounts.presence.path(volume.id), bindings, freeze=freeze)
 
     return make
+
+
+def _change(held: list[Held], note: Callable[[bytes], None], number: int, **fields: object) -> None:
+    """What is about to be done to one of them is written down before."""
+    held[number] = msgspec.structs.replace(held[number], **fields)
+    note(msgspec.json.encode(held))
 
 
 def _decoded(plan: bytes) -> list[Held]:
