@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
-from tests.conftest import wait_until
+from tests.conftest import sh, wait_until
 from tests.harness.volumed import ApiError
 from tests.migration.conftest import Mover
+from volumed.migration.movers.device import DeviceMover
+from volumed.migration.movers.mover import Control
 from volumed.units import MIB
 
 pytestmark = pytest.mark.root
@@ -34,6 +39,25 @@ def test_a_device_goes_elsewhere_and_is_the_same_volume(mover: Mover) -> None:
     mover.volumed.api.post("migrations", "data", "finish")
     assert mover.volumed.stored() == []
     mover.assert_clean()
+
+
+@pytest.mark.parametrize("size", [3 * MIB + 512, MIB - 3 * 512, 5 * MIB])
+def test_a_device_of_any_size_is_copied_to_its_last_sector(tmp_path: Path, size: int) -> None:
+    devices = []
+    for name, content in (("source", os.urandom(size)), ("target", bytes(size))):
+        (tmp_path / name).write_bytes(content)
+        devices.append(Path(sh("losetup", "--find", "--show", "--sector-size", "512", tmp_path / name).strip()))
+    source, target = devices
+    mover = DeviceMover(source, target, tmp_path)
+    try:
+        mover.round(Control(), last=True)
+        found = mover.verify(Control())
+        assert (found.differences, found.bytes) == ([], size)
+    finally:
+        mover.close()
+        for device in devices:
+            sh("losetup", "--detach", device)
+    assert (tmp_path / "target").read_bytes() == (tmp_path / "source").read_bytes()
 
 
 def test_a_raw_device_goes_block_by_block(mover: Mover) -> None:

@@ -280,7 +280,7 @@ def _filled(buffer: mmap.mmap, length: int) -> Iterator[Extent]:
 def _write(descriptor: int, number: int, part: Extent, buffer: mmap.mmap) -> None:
     """A part of what the buffer holds; an end that fills no sector is filled up with zeros."""
     done, end = part.offset, part.offset + part.length
-    whole = -(-end // SECTOR) * SECTOR
+    whole = _up_to_sector(descriptor, number, end)
     if whole != end:
         buffer[end:whole] = bytes(whole - end)
     while done < whole:
@@ -288,8 +288,16 @@ def _write(descriptor: int, number: int, part: Extent, buffer: mmap.mmap) -> Non
             done += os.pwritev(descriptor, [view[done:whole]], number * CHUNK + done)
 
 
+def _up_to_sector(descriptor: int, number: int, end: int) -> int:
+    """The end of a part of a chunk, rounded up; a device of smaller sectors may end in between."""
+    whole = -(-end // SECTOR) * SECTOR
+    if whole == end:
+        return end
+    return max(end, min(whole, os.lseek(descriptor, 0, os.SEEK_END) - number * CHUNK))
+
+
 def _clear(descriptor: int, number: int, length: int, buffer: mmap.mmap) -> None:
-    if not punch(descriptor, number * CHUNK, -(-length // SECTOR) * SECTOR):
+    if not punch(descriptor, number * CHUNK, _up_to_sector(descriptor, number, length)):
         buffer[:length] = bytes(length)
         _write(descriptor, number, Extent(0, length), buffer)
 
