@@ -177,6 +177,8 @@ class Ceph:
         # What a killed client holds, others get when the MDS drops it: the least that it takes, for 60 s and 300 s.
         self.ceph("fs", "set", FILESYSTEM, "session_timeout", "30")
         self.ceph("fs", "set", FILESYSTEM, "session_autoclose", "60")
+        # Nor is it kept because the OSD lay still a while ago, in another test.
+        self.ceph("config", "set", "mds", "defer_client_eviction_on_laggy_osds", "false")
         self.run("mds.a")
         wait_until(lambda: "up:active" in self.ceph("mds", "stat"), timeout=READY)
         return FILESYSTEM

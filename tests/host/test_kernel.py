@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +38,20 @@ def test_who_holds_a_mount_is_named(make_filesystem: MakeFilesystem, host: Linux
     finally:
         child.kill()
         child.wait()
+
+
+def test_whoever_lets_go_at_once_holds_no_mount_up(
+    make_filesystem: MakeFilesystem, host: LinuxHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen by the kernel, and gone when its name is looked for."""
+    target = make_filesystem("ext4", size=64 * MIB)
+    held = os.open(target, os.O_RDONLY)
+    monkeypatch.setattr(mounts, "holders_of_mount", lambda target: [])
+    letting_go = threading.Timer(0.2, os.close, [held])
+    letting_go.start()
+    host.unmount(target)
+    assert not host.is_mountpoint(target)
+    letting_go.join()
 
 
 def test_unmount_takes_all_that_is_stacked_and_bears_repeating(tmp_path: Path, host: LinuxHost) -> None:

@@ -18,7 +18,7 @@ from tests.harness.stalled import Server, stalled_tree
 from volumed import context
 from volumed.driver import Revived, TreeStatus
 from volumed.errors import DeadlineExceeded, InUse, MountFailed
-from volumed.host import left, mounts, network
+from volumed.host import left, mounts
 from volumed.host.linux import LinuxHost
 
 pytestmark = pytest.mark.root
@@ -153,7 +153,7 @@ def test_whoever_lets_go_at_once_holds_nothing_up(
 ) -> None:
     """Seen by the kernel, and gone when its name is looked for."""
     held = os.open(tree, os.O_RDONLY)
-    monkeypatch.setattr(network, "holders_of_mount", lambda target: [])
+    monkeypatch.setattr(mounts, "holders_of_mount", lambda target: [])
     letting_go = threading.Timer(0.2, os.close, [held])
     letting_go.start()
     host.unmount_network(tree)
@@ -164,7 +164,7 @@ def test_whoever_lets_go_at_once_holds_nothing_up(
 def test_what_nobody_can_be_named_for_is_said_too(
     server: Server, tree: Path, host: LinuxHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(network, "holders_of_mount", lambda target: [])
+    monkeypatch.setattr(mounts, "holders_of_mount", lambda target: [])
     held = os.open(tree, os.O_RDONLY)
     try:
         with pytest.raises(InUse, match="a process"):

@@ -12,6 +12,7 @@ import re
 import select
 import stat
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -53,6 +54,7 @@ _FLAGS = _PER_MOUNT | {
 _DEFAULTS = frozenset({"rw", "suid", "dev", "exec", "async", "atime", "diratime", "defaults"})
 
 # statx(2): whether a path is the root of a mount, asked of the kernel, not of the server (linux 5.8 and newer)
+MOMENT = 1.0  # seconds in which whoever only looked at a mount has left it again
 OWN_TABLE = Path("/proc/self/mountinfo")
 _AT_FDCWD, _AT_SYMLINK_NOFOLLOW, _AT_STATX_DONT_SYNC = -100, 0x100, 0x4000
 _AT_NO_AUTOMOUNT = 0x800
@@ -120,14 +122,25 @@ def _mount(source: str, target: Path, *, fstype: str, flags: int, data: str) -> 
 
 def unmount(target: Path) -> None:
     """All that is mounted at `target` on top of one another. Raises InUse naming who holds it, MountFailed."""
-    while _libc.umount2(os.fsencode(target), UMOUNT_NOFOLLOW) == 0:
-        pass
-    number = ctypes.get_errno()
-    if number in (errno.EINVAL, errno.ENOENT):  # not, or no longer, a mount point
-        return
-    if number == errno.EBUSY:
-        raise InUse("is held by", holders=holders_of_mount(target) or ["a process"], subject=f"mount {target}")
-    raise MountFailed(f"unmounting failed: {os.strerror(number)}", errno=number, subject=str(target))
+    ends = time.monotonic() + MOMENT
+    while True:
+        while _libc.umount2(os.fsencode(target), UMOUNT_NOFOLLOW) == 0:
+            pass
+        number = ctypes.get_errno()
+        if number in (errno.EINVAL, errno.ENOENT):  # not, or no longer, a mount point
+            return
+        if number != errno.EBUSY:
+            raise MountFailed(f"unmounting failed: {os.strerror(number)}", errno=number, subject=str(target))
+        check_held(target, ends)
+
+
+def check_held(target: Path, ends: float) -> None:
+    """Of a mount that is busy: raises InUse naming who holds it. Until `ends`, by time.monotonic, whom nobody can name
+    may be one that only looked, or is just ending: then it waits for a moment."""
+    holders = holders_of_mount(target)
+    if holders or time.monotonic() > ends:
+        raise InUse("is held by", holders=holders or ["a process"], subject=f"mount {target}")
+    time.sleep(0.05)
 
 
 def is_mountpoint(path: Path) -> bool:

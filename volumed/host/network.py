@@ -13,13 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from volumed.driver import TreeStatus
-from volumed.errors import CommandFailed, DeadlineExceeded, InUse, MountFailed
+from volumed.errors import CommandFailed, DeadlineExceeded, MountFailed
 from volumed.host import mounts, served
-from volumed.host.holders import holders_of_mount
 from volumed.host.run import run
 
 MNT_FORCE = 1
-_MOMENT = 1.0  # seconds in which whoever only looked at a mount has left it again
 # What mount(8) takes for itself and never hands to the file system: with these it would do something else than mount.
 _OF_MOUNT = frozenset(
     {"bind", "rbind", "move", "rmove", "remount", "loop", "private", "rprivate", "shared", "rshared", "slave", "rslave"}
@@ -69,7 +67,7 @@ def _clear(target: Path) -> None:
 
 def unmount(target: Path, *, timeout: float, force: bool) -> None:
     """See `volumed.driver.Host.unmount_network`."""
-    ends = time.monotonic() + _MOMENT
+    ends = time.monotonic() + mounts.MOMENT
     while mounts.is_mountpoint(target):
         flags = mounts.UMOUNT_NOFOLLOW | (MNT_FORCE if force and _is_alone(target) else 0)
         try:
@@ -81,10 +79,7 @@ def unmount(target: Path, *, timeout: float, force: bool) -> None:
             ) from None
         except OSError as error:
             if error.errno == errno.EBUSY:
-                holders = holders_of_mount(target)
-                if holders or time.monotonic() > ends:
-                    raise InUse("is held by", holders=holders or ["a process"], subject=f"mount {target}") from None
-                time.sleep(0.05)  # whoever looked at it for a moment has let go
+                mounts.check_held(target, ends)
             elif mounts.is_mountpoint(target):
                 raise _failed("unmounting", target, error) from None
 
