@@ -7,6 +7,7 @@ import errno
 import itertools
 import mmap
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -291,8 +292,8 @@ def _write(descriptor: int, number: int, part: Extent, buffer: mmap.mmap) -> Non
 def _up_to_sector(descriptor: int, number: int, end: int) -> int:
     """The end of a part of a chunk, rounded up; a device of smaller sectors may end in between."""
     whole = -(-end // SECTOR) * SECTOR
-    if whole == end:
-        return end
+    if whole == end or not stat.S_ISBLK(os.fstat(descriptor).st_mode):
+        return whole
     return max(end, min(whole, os.lseek(descriptor, 0, os.SEEK_END) - number * CHUNK))
 
 
