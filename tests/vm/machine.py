@@ -26,6 +26,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.vm.volatile import VolatileDisk
+
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "vm"
 IMAGE_FILES = ("image/build", "image/agent.py")
@@ -114,6 +116,7 @@ class Machine:
         self.folder = folder
         self._image = image
         self._disks: list[str] = []
+        self.volatile: dict[str, VolatileDisk] = {}  # those of them that have a write cache, by their serial number
         self._plugged: dict[str, str] = {}  # devices by their disk's serial number
         self._plugs = 0
         self._process: subprocess.Popen[bytes] | None = None
@@ -210,7 +213,7 @@ class Machine:
         self.monitor("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}])
 
     def cut_power(self) -> None:
-        """What was in the guest's memory is lost, what its disks had taken is kept."""
+        """What was in the guest's memory is lost, what its disks had taken is kept; but see `plug`."""
         if self._process is not None:
             self._process.send_signal(signal.SIGKILL)
             self._process.wait(30)
@@ -325,20 +328,29 @@ class Machine:
         )
 
     # Disks
-    def plug(self, serial: str, *, size: int) -> str:
-        """A new disk; its path in the guest."""
-        with (self.folder / f"{serial}.raw").open("wb") as disk:
+    def plug(self, serial: str, *, size: int, volatile: bool = False) -> str:
+        """A new disk; its path in the guest. `volatile`: a power cut takes what was not flushed."""
+        file = self.folder / f"{serial}.raw"
+        with file.open("wb") as disk:
             disk.truncate(size)
         self._disks.append(serial)
+        if volatile:
+            self.volatile[serial] = VolatileDisk(file, file.with_suffix(".sock"))
         self._plug(serial)
         path = f"/dev/disk/by-id/virtio-{serial}"
         self.sh(f"for i in $(seq 100); do [ -b {path} ] && exit 0; sleep 0.1; done; exit 1")
         return path
 
     def _plug(self, serial: str) -> None:
-        file = {"driver": "file", "filename": str(self.folder / f"{serial}.raw"), "discard": "unmap"}
-        self.monitor("blockdev-add", driver="raw", **{"node-name": serial, "discard": "unmap", "file": file})
-        self.monitor("device_add", driver="virtio-blk-pci", id=f"d-{serial}", drive=serial, serial=serial)
+        if serial in self.volatile:
+            server = {"type": "unix", "path": str(self.folder / f"{serial}.sock")}
+            self.monitor("blockdev-add", driver="nbd", **{"node-name": serial, "server": server})
+        else:
+            file = {"driver": "file", "filename": str(self.folder / f"{serial}.raw"), "discard": "unmap"}
+            self.monitor("blockdev-add", driver="raw", **{"node-name": serial, "discard": "unmap", "file": file})
+        slot = f"{16 + self._disks.index(serial):#x}"  # after the root disk: at a boot that is the first to be found
+        device = {"driver": "virtio-blk-pci", "id": f"d-{serial}", "drive": serial, "serial": serial}
+        self.monitor("device_add", bus="pci.0", addr=slot, **device)
 
     def plug_file(self, serial: str, file: Path, *, model: str = "virtio-blk-pci") -> None:
         """A disk that somebody else keeps the file of. `model`: nvme, too."""
@@ -397,6 +409,8 @@ def machine() -> Iterator[Machine]:
             yield made
         finally:
             made.cut_power()
+            for disk in made.volatile.values():
+                disk.close()
 
 
 def prepare() -> tuple[Path, Path]:
