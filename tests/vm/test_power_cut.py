@@ -8,7 +8,8 @@ import threading
 
 import pytest
 
-from tests.vm.machine import Machine, MachineError
+from tests.vm.machine import SOURCES, Machine, MachineError
+from volumed.units import GIB
 
 pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.timeout(900)]
 
@@ -71,3 +72,36 @@ def test_power_cut(guest: Machine) -> None:
 def _work(guest: Machine) -> None:
     with contextlib.suppress(MachineError, TimeoutError, OSError):  # the power is gone
         guest.run("python3", "/root/work.py", timeout=600)
+
+
+DISKS = ("state", "source", "trees", "blocks")
+CUTS = ("copying", "committing", "taking_away")
+# Nothing is written down because time has passed.
+MOUNT = "sysctl -q vm.dirty_writeback_centisecs=0; " + "; ".join(
+    f"mkdir -p /mnt/{name}; mount -o commit=3000 /dev/disk/by-id/virtio-{name} /mnt/{name}" for name in DISKS
+)
+
+
+def test_power_cut_in_every_phase_of_a_move(guest: Machine) -> None:
+    """See guest/moves.py."""
+    guest.install()
+    for name in DISKS:
+        disk = guest.plug(name, size=GIB // 4, volatile=True)
+        guest.sh(f"mkfs.ext4 -q -E lazy_itable_init=0,lazy_journal_init=1 {disk}")
+    guest.put("/root/notes.json", b"{}")
+    guest.sh(f"{MOUNT}; sync")
+    for cut in CUTS:
+        run_moves(
+            guest,
+            f"{cut} >/root/log 2>&1 </dev/null & pid=$!; until [ -e /run/ready ]; do sleep 0.05; "
+            "kill -0 $pid || { cat /root/log; exit 1; }; done; sync /root/log",
+        )
+        guest.cut_power()
+        guest.boot()
+        guest.sh(MOUNT)
+    run_moves(guest, "")
+
+
+def run_moves(guest: Machine, words: str) -> None:
+    environment = " ".join(f"{name}={value}" for name, value in SOURCES.items())
+    guest.sh(f"{environment} python3 -m tests.vm.guest.moves {words}", timeout=600)

@@ -13,124 +13,59 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import sh, wait_until
+from tests.vm.guest.daemon import PATIENCE, Daemon
 from tests.vm.guest.writer import lost
-from volumed.config import Settings, parse
-from volumed.core.core import Core, ledger_path
-from volumed.core.drivers import DriverInfo, DriverRegistry
-from volumed.core.planning import CreateVolume
 from volumed.core.publications import Usage
 from volumed.errors import NotSupported
 from volumed.host import mapper
 from volumed.host.allocation import data_extents
 from volumed.host.linux import LinuxHost
-from volumed.migration.migrations import Migrations
 from volumed.migration.movers.mover import Control
 from volumed.migration.planner import Wish
 from volumed.migration.verification import Outcome
-from volumed.model import AccessMode, Consumer, Engine, Migration, MigrationPhase, MovePath, Volume, VolumeMode
-from volumed.store.sqlite import SqliteStore
+from volumed.model import AccessMode, Consumer, Engine, MigrationPhase, MovePath, VolumeMode
 from volumed.testing import crash
 from volumed.units import MIB
-from volumed_drivers.image import ImageDriver
-from volumed_drivers.lvm import LvmDriver
 
 pytestmark = pytest.mark.timeout(900)
 
 DISK = os.environ.get("VOLUMED_DISK", "")
 DOCKER = Engine.DOCKER
 SIZE = 32 * MIB
-PATIENCE = 240.0
 
 
-class Daemon:
-    """All of volumed but its sockets; Python starts slowly in this machine, so it is not started."""
-
-    def __init__(self, folder: Path, *, more: str = "") -> None:
-        self.folder = folder
-        (folder / "key").write_text("a-key-that-nobody-guesses-0123456789\n")
-        self._more = more
-        self.start()
-
-    def settings(self) -> Settings:
-        text = f"""
-state-dir = "{self.folder}/state"
-node = "node-1"
-{self._more}
+BACKENDS = """
 [csi]
-target-roots = ["{self.folder}"]
+target-roots = ["{folder}"]
 [keys.main]
-key = "file:{self.folder}/key"
+key = "file:{folder}/key"
 [backends.one]
 driver = "image"
-path = "{self.folder}/one"
+path = "{folder}/one"
 [backends.two]
 driver = "image"
-path = "{self.folder}/two"
+path = "{folder}/two"
 [backends.thin]
 driver = "lvm"
 vg = "vg0"
 thinpool = "pool"
 """
-        return parse(text, source="volumed.toml")
 
-    def start(self) -> None:
-        settings = self.settings()
-        (self.folder / "state").mkdir(exist_ok=True)
-        self._store = SqliteStore(ledger_path(settings))
-        drivers = DriverRegistry(
-            [
-                DriverInfo(name="image", distribution="tests", load=lambda: ImageDriver),
-                DriverInfo(name="lvm", distribution="tests", load=lambda: LvmDriver),
-            ]
-        )
-        self.core = Core(settings=settings, store=self._store, host=LinuxHost(), drivers=drivers)
-        self.migrations = Migrations(self.core)
-        self.core.recover(self.migrations.recover)
-        self.migrations.start()
 
-    def stop(self) -> None:
-        self.migrations.stop()
-        self.core.stop()
-        self._store.close()
-
-    def create(self, backend: str = "one", **more: object) -> Volume:
-        wish = CreateVolume(name="data", backend=backend, size=more.pop("size", SIZE), **more)  # type: ignore[arg-type]
-        return self.core.volumes.create(wish)
-
-    @property
-    def volume(self) -> Volume:
-        return self.core.volumes.get("data")
-
-    def mount(self) -> Path:
-        return self.core.mounts.acquire(self.volume, engine=DOCKER, mount_id="id-1")
-
-    def unmount(self) -> None:
-        self.core.mounts.release(self.volume, engine=DOCKER, mount_id="id-1")
-
-    def begin(self, to: str, **more: object) -> Migration:
-        return self.migrations.begin("data", Wish(backend=to, **more))  # type: ignore[arg-type]
-
-    def move(self, to: str, **more: object) -> Migration:
-        self.begin(to, **more)
-        return self.outcome()
-
-    def outcome(self) -> Migration:
-        def over() -> Migration | None:
-            found = self.migrations.get("data")
-            return found if found.phase.ended or found.phase is MigrationPhase.KEPT else None
-
-        wait_until(lambda: over() is not None, timeout=PATIENCE)
-        return self.migrations.get("data")
+class Live(Daemon):
+    def __init__(self, folder: Path, *, more: str = "") -> None:
+        (folder / "key").write_text("a-key-that-nobody-guesses-0123456789\n")
+        super().__init__(folder, backends=BACKENDS.format(folder=folder), more=more)
 
     def node(self) -> Path:
-        return Path(f"/dev/mapper/volumed-{self.volume.id}")
+        return Path(f"/dev/mapper/volumed-{self.volume().id}")
 
     def table(self) -> list[str]:
         return mapper.table(LinuxHost(), self.node().name).split()[2:]
 
     def assert_on(self, backend: str) -> None:
         """In use, and there alone."""
-        assert self.volume.backend == backend
+        assert self.volume().backend == backend
         (number,) = mapper.legs(self.node().name)
         assert self.table() == ["linear", number, "0"]
         assert self.core.doctor.examine() == []
@@ -186,8 +121,8 @@ def _group() -> Iterator[None]:
 
 
 @pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[Daemon]:
-    made = Daemon(tmp_path)
+def daemon(tmp_path: Path) -> Iterator[Live]:
+    made = Live(tmp_path)
     try:
         yield made
     finally:
@@ -200,15 +135,15 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
 
 
 @pytest.fixture
-def writing(daemon: Daemon) -> Iterator[Writer]:
+def writing(daemon: Live) -> Iterator[Writer]:
     """A volume on `one` that is mounted and written to."""
-    daemon.create()
+    daemon.create("one", size=SIZE)
     writer = Writer(daemon.mount() / "file", daemon.folder / "told")
     yield writer
     writer.end()
 
 
-def test_a_move_under_its_writer(daemon: Daemon, writing: Writer) -> None:
+def test_a_move_under_its_writer(daemon: Live, writing: Writer) -> None:
     known = data_extents(daemon.node())  # of the image below
     assert known
     assert sum(extent.length for extent in known) < SIZE
@@ -228,15 +163,15 @@ def test_a_move_under_its_writer(daemon: Daemon, writing: Writer) -> None:
     assert outcomes == [Outcome.CHANGED, Outcome.UNKNOWN]
 
 
-def test_there_and_back_onto_storage_that_is_larger(daemon: Daemon) -> None:
+def test_there_and_back_onto_storage_that_is_larger(daemon: Live) -> None:
     """LVM counts in extents of 4 MiB; its blocks are smaller than an image's."""
-    daemon.create(size=30 * MIB)
+    daemon.create("one", size=30 * MIB)
     path = daemon.mount()
     writer = Writer(path / "file", daemon.folder / "told")
     before = os.statvfs(path).f_blocks
     assert daemon.move("thin").phase is MigrationPhase.KEPT
     daemon.assert_on("thin")
-    assert mapper.size_of(daemon.node()) == daemon.volume.size == SIZE
+    assert mapper.size_of(daemon.node()) == daemon.volume().size == SIZE
     assert os.statvfs(path).f_blocks > before
     # Back it cannot go so.
     plan = daemon.migrations.plan("data", Wish(backend="one"))
@@ -251,13 +186,13 @@ def test_there_and_back_onto_storage_that_is_larger(daemon: Daemon) -> None:
     daemon.assert_whole(told)
     # As files it can, and what was written since comes along.
     assert daemon.migrations.rollback("data", carry=True).path is MovePath.TREE
-    assert (daemon.outcome().phase, daemon.volume.backend) == (MigrationPhase.KEPT, "one")
+    assert (daemon.outcome().phase, daemon.volume().backend) == (MigrationPhase.KEPT, "one")
     assert lost(daemon.mount() / "file", told) == []
     daemon.unmount()
 
 
-def test_an_encrypted_raw_device(daemon: Daemon) -> None:
-    volume = daemon.create(mode=VolumeMode.BLOCK, encryption="main")
+def test_an_encrypted_raw_device(daemon: Live) -> None:
+    volume = daemon.create("one", size=SIZE, mode=VolumeMode.BLOCK, encryption="main")
     usage = Usage(access=AccessMode.SINGLE_NODE_WRITER, block=True)
     staging, target = daemon.folder / "staging", daemon.folder / "target"
     publications = daemon.core.publications
@@ -282,7 +217,7 @@ def at_point(monkeypatch: pytest.MonkeyPatch, name: str, act: Callable[[], objec
     monkeypatch.setattr(crash, "point", lambda passed: next(acted, lambda: None)() if passed == name else None)
 
 
-def test_a_flipped_byte_is_caught(daemon: Daemon, writing: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flipped_byte_is_caught(daemon: Live, writing: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
     def flip() -> None:
         with next((daemon.folder / "two").glob("*.img")).open("r+b") as image:
             image.seek(SIZE - 4096 + 100)
@@ -301,7 +236,7 @@ def test_a_flipped_byte_is_caught(daemon: Daemon, writing: Writer, monkeypatch: 
 
 @pytest.mark.parametrize("point", ["live.mirrored", "live.synced"])
 def test_a_target_that_fails_stops_nobody(
-    daemon: Daemon, writing: Writer, monkeypatch: pytest.MonkeyPatch, point: str
+    daemon: Live, writing: Writer, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
     def fail() -> None:
         leg = sh("sh", "-c", "dmsetup ls | grep -o '^vg0-v[0-9a-f]*'").strip()
@@ -312,13 +247,13 @@ def test_a_target_that_fails_stops_nobody(
 
     at_point(monkeypatch, point, fail)
     moved = daemon.move("thin", keep_source=0.0)
-    assert (moved.phase, daemon.volume.backend) == (MigrationPhase.FAILED, "one"), moved
+    assert (moved.phase, daemon.volume().backend) == (MigrationPhase.FAILED, "one"), moved
     writing.wait_for_more()
     daemon.assert_on("one")
     daemon.assert_whole(writing.stop())
 
 
-def test_paused_gone_on_with_and_given_up(daemon: Daemon, writing: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paused_gone_on_with_and_given_up(daemon: Live, writing: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
     at_point(monkeypatch, "live.synced", lambda: daemon.migrations.pause("data"))
     daemon.begin("two")
     wait_until(lambda: daemon.migrations.get("data").paused, timeout=PATIENCE)
@@ -333,9 +268,9 @@ def test_paused_gone_on_with_and_given_up(daemon: Daemon, writing: Writer, monke
 
 
 def test_no_node_where_none_is_wanted(tmp_path: Path) -> None:
-    made = Daemon(tmp_path, more="live-moves = false")
+    made = Live(tmp_path, more="live-moves = false")
     try:
-        made.create()
+        made.create("one", size=SIZE)
         made.mount()
         assert not made.node().exists()
         plan = made.migrations.plan("data", Wish(backend="two"))
@@ -353,9 +288,9 @@ def test_no_node_where_none_is_wanted(tmp_path: Path) -> None:
     "point",
     ["layer.made", "live.mirrored", "live.synced", "migrate.committed", "live.led", "migrate.hidden"],
 )
-def test_killed_at(daemon: Daemon, point: str) -> None:
+def test_killed_at(daemon: Live, point: str) -> None:
     """In a process of its own; the kernel and the writer go on, and so does the daemon that starts after it."""
-    daemon.create()
+    daemon.create("one", size=SIZE)
     daemon.stop()
 
     def use_and_move() -> None:
@@ -383,13 +318,13 @@ def test_killed_at(daemon: Daemon, point: str) -> None:
         writer.wait_for_more()  # nobody is there, and nobody waits
     daemon.start()
     if not daemon.migrations.all():
-        path = daemon.core.mounts.path(daemon.volume.id)  # what it was killed in was bound, and so is mounted now
+        path = daemon.core.mounts.path(daemon.volume().id)  # what it was killed in was bound, and so is mounted now
         assert path is not None
         writer = Writer(path / "file", daemon.folder / "told")
         daemon.begin("two")
     assert writer is not None
     moved = daemon.outcome()
-    assert (moved.phase, daemon.volume.backend) == (MigrationPhase.KEPT, "two"), moved.error
+    assert (moved.phase, daemon.volume().backend) == (MigrationPhase.KEPT, "two"), moved.error
     writer.wait_for_more()
     daemon.assert_on("two")
     told = writer.stop()
