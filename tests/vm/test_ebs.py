@@ -85,8 +85,8 @@ def cloud(guest: Machine, folder: Path, model: str = "virtio-blk-pci") -> Iterat
         yield ec2, {"VOLUMED_EC2": ec2.url.replace("127.0.0.1", host), "EC2_KEY": key, "EC2_SECRET": secret}
 
 
-def run_suite(guest: Machine, environment: dict[str, str], *words: str) -> None:
-    guest.run_suite("test_ebs.py", "--timeout=300", *words, timeout=1100, **environment)
+def run_suite(guest: Machine, environment: dict[str, str], *words: str, suite: str = "test_ebs.py") -> None:
+    guest.run_suite(suite, "--timeout=300", *words, timeout=1100, **environment)
 
 
 def test_the_suite_of_all_drivers(guest: Machine, tmp_path: Path) -> None:
@@ -98,6 +98,13 @@ def test_the_suite_of_all_drivers(guest: Machine, tmp_path: Path) -> None:
 def test_disks_as_nitro_instances_have_them(guest: Machine, tmp_path: Path) -> None:
     with cloud(guest, tmp_path, "nvme") as (_, environment):
         run_suite(guest, environment, "-k", "nitro")
+
+
+def test_everything_moves_there_and_back(guest: Machine, tmp_path: Path) -> None:
+    guest.install()
+    with cloud(guest, tmp_path) as (ec2, environment):
+        run_suite(guest, environment, "-k", "cloud", suite="test_moves.py")
+        assert ec2.layer.hardware.plugged == set()  # type: ignore[attr-defined]
 
 
 def test_a_disk_that_is_pulled_is_named_and_comes_back(guest: Machine, tmp_path: Path) -> None:
