@@ -181,6 +181,10 @@ def unlock(root: Path) -> None:
     subprocess.run(["chattr", "-R", "-f", "-ia", root], check=False, capture_output=True)
 
 
+# XFS shows an ACL twice; a driver's mark; NFS version 4 shows each mode as an ACL.
+_NOT_OF_THE_TREE = ("trusted.SGI_ACL_", "trusted.volumed.", "system.nfs4_acl")
+
+
 def picture(root: Path) -> dict[str, Any]:
     """All that two trees must have in common, by path; hard links as the list of names."""
     found: dict[str, Any] = {}
@@ -206,7 +210,7 @@ def _look(folder: int, name: str, status: os.stat_result) -> tuple[Any, ...]:
     extended = {
         each: os.getxattr(place, each, follow_symlinks=False)
         for each in _names_of_xattrs(place)
-        if not each.startswith(("trusted.SGI_ACL_", "trusted.volumed."))  # XFS shows an ACL twice; a driver's mark
+        if not each.startswith(_NOT_OF_THE_TREE)
     }
     data, special = "", (0, 0)
     if kind == stat.S_IFREG:

@@ -64,7 +64,7 @@ def thin() -> Iterator[str]:
     sh("vgremove", "-ff", "-y", "-q", "vg0")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def nas() -> Iterator[str]:
     server = NfsServer()
     server.export("plain")
@@ -95,7 +95,8 @@ def test_everything_arrives_and_comes_back(
 ) -> None:
     table: str = request.getfixturevalue(there)
     daemon = Daemon(tmp_path, backends=BACKENDS.format(folder=tmp_path) + table)
-    size = GIB if there == "cloud" else 64 * MIB
+    # An ext4 that is made small has blocks of 1024 bytes, too small for the attributes.
+    size = GIB if there == "cloud" or (there, path) == ("thin", "tree") else 64 * MIB
     without = NfsDriver.cannot_hold if there == "nas" else frozenset[str]()
     try:
         sized: dict[str, Any] = {} if here in UNSIZED else {"size": size}
