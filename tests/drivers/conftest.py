@@ -17,6 +17,9 @@ from volumed.host.linux import LinuxHost
 from volumed.model import Handle
 from volumed_drivers.ceph_rbd import CephRbdDriver, RbdOptions
 
+# Seconds. A cluster on a busy machine may stand still for longer than the 30 that are the default.
+CEPH_PATIENCE = 120
+
 
 class MakeRbd(Protocol):
     def __call__(self, *, node: str = "here", **options: object) -> CephRbdDriver: ...
@@ -35,8 +38,14 @@ def make_rbd(ceph: Ceph, rbd_key: Path) -> Iterator[MakeRbd]:
     folder = Path(tempfile.mkdtemp(prefix="nodes-", dir="/tmp"))
 
     def made(*, node: str = "here", **options: object) -> CephRbdDriver:
-        values = {"pool": POOL, "conf": ceph.conf, "key": f"file:{rbd_key}", "map-with": "qsd", **options}
-        driver = CephRbdDriver("ceph", RbdOptions.model_validate(values), LinuxHost(folder / node))
+        values = {
+            "pool": POOL,
+            "conf": ceph.conf,
+            "key": f"file:{rbd_key}",
+            "map-with": "qsd",
+            "timeout": CEPH_PATIENCE,
+        }
+        driver = CephRbdDriver("ceph", RbdOptions.model_validate({**values, **options}), LinuxHost(folder / node))
         driver._node = node
         drivers.append(driver)
         return driver

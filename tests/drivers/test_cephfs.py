@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import wait_until
+from tests.drivers.conftest import CEPH_PATIENCE
 from tests.harness.ceph import FILESYSTEM, Ceph
 from tests.harness.tree_drivers import client_pid, create, mounted, nothing_left
 from tests.harness.trees import not_held
@@ -60,6 +61,7 @@ def make_cephfs(ceph: Ceph, key: Path) -> Iterator[MakeCephFs]:
 
     def make(**options: object) -> CephFsDriver:
         values = {"filesystem": FILESYSTEM, "group": group, "conf": ceph.conf, "user": "files", "key": f"file:{key}"}
+        options = {"timeout": CEPH_PATIENCE, **options}
         driver = CephFsDriver("files", CephFsOptions.model_validate({**values, **options}), LinuxHost())
         made.append(driver)
         return driver
