@@ -4,33 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from volumed.migration.movers.mover import Control, Estimate, Mover, Round, Verified
+from volumed.migration.movers.child import ChildMover
+from volumed.migration.movers.mover import Control, Estimate, Round, Verified
 from volumed.migration.session import Session
 
 
-class DeviceMover(Mover):
+class DeviceMover(ChildMover):
     def __init__(self, source: Path, target: Path, workdir: Path, *, filled: bool = False) -> None:
         """`filled`: see `BlockMover`."""
         super().__init__(source, target, workdir)
         self._filled = filled
-        self._session: Session | None = None
 
-    def _child(self) -> Session:
-        if self._session is None:
-            settings = {
-                "source": str(self.source),
-                "target": str(self.target),
-                "workdir": str(self.workdir),
-                "filled": self._filled,
-            }
-            self._session = Session("volumed.migration.movers.device_child", settings, self.workdir / "device.log")
-        return self._session
-
-    def estimate(self, control: Control) -> Estimate:
-        return Estimate(**self._child().order("estimate", control))
-
-    def watch(self) -> None:
-        self._child().order("watch", Control())
+    def _begun(self) -> Session:
+        settings = {
+            "source": str(self.source),
+            "target": str(self.target),
+            "workdir": str(self.workdir),
+            "filled": self._filled,
+        }
+        return Session("volumed.migration.movers.device_child", settings, self.workdir / "device.log")
 
     def round(self, control: Control, *, last: bool = False) -> Round:
         return Round(**self._child().order("round", control, last=last))
@@ -47,8 +39,3 @@ class DeviceMover(Mover):
     def forget(self) -> None:
         self.close()
         (self.workdir / "chunks").unlink(missing_ok=True)
-
-    def close(self) -> None:
-        if self._session is not None:
-            self._session.close()
-            self._session = None

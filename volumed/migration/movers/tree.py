@@ -7,7 +7,8 @@ import os
 import time
 from pathlib import Path
 
-from volumed.migration.movers.mover import Control, Estimate, Mover, Round, Verified
+from volumed.migration.movers.child import ChildMover
+from volumed.migration.movers.mover import Control, Estimate, Round, Verified
 from volumed.migration.session import Session
 from volumed.migration.tree import reading
 
@@ -29,7 +30,7 @@ def digest(workdir: Path) -> str:
     return reading.digest(workdir / "tree.db")
 
 
-class TreeMover(Mover):
+class TreeMover(ChildMover):
     def __init__(
         self, source: Path, target: Path, workdir: Path, *, losses: frozenset[str] = frozenset(), filled: bool = False
     ) -> None:
@@ -39,26 +40,17 @@ class TreeMover(Mover):
         super().__init__(source, target, workdir)
         self._filled = filled
         self._losses = losses
-        self._session: Session | None = None
 
-    def _child(self) -> Session:
-        if self._session is None:
-            settings = {
-                "source": str(self.source),
-                "target": str(self.target),
-                "workdir": str(self.workdir),
-                "losses": sorted(self._losses),
-                "filled": self._filled,
-                "workers": max(_LEAST_WORKERS, min(_MOST_WORKERS, len(os.sched_getaffinity(0)))),
-            }
-            self._session = Session("volumed.migration.tree.child", settings, self.workdir / "tree.log")
-        return self._session
-
-    def estimate(self, control: Control) -> Estimate:
-        return Estimate(**self._child().order("estimate", control))
-
-    def watch(self) -> None:
-        self._child().order("watch", Control())
+    def _begun(self) -> Session:
+        settings = {
+            "source": str(self.source),
+            "target": str(self.target),
+            "workdir": str(self.workdir),
+            "losses": sorted(self._losses),
+            "filled": self._filled,
+            "workers": max(_LEAST_WORKERS, min(_MOST_WORKERS, len(os.sched_getaffinity(0)))),
+        }
+        return Session("volumed.migration.tree.child", settings, self.workdir / "tree.log")
 
     def round(self, control: Control, *, last: bool = False) -> Round:
         begun = time.monotonic()
@@ -86,8 +78,3 @@ class TreeMover(Mover):
         """All of the source, past every cache, into a workdir that knew nothing; the target is not looked at."""
         told = self._child().order("read", control)
         return Verified(digest=told["digest"], bytes=told["bytes"], files=told["files"])
-
-    def close(self) -> None:
-        if self._session is not None:
-            self._session.close()
-            self._session = None
