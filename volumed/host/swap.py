@@ -70,6 +70,11 @@ def _mounts_of(pid: int) -> list[MountEntry]:
         return []
 
 
+def is_same(one: MountEntry | None, other: MountEntry | None) -> bool:
+    """Whether both are there and show the same tree."""
+    return one is not None and other is not None and (one.device, one.root) == (other.device, other.root)
+
+
 def users(pid: int, entry: MountEntry) -> list[str]:
     """Who holds the mount, of all processes that share the mount namespace of `pid`: by an open file, a mapping, its
     working directory, root or program. Those that cannot be looked into count as well."""

@@ -186,9 +186,7 @@ class ContainerWriters(Writers):
         for target in held.targets:
             entry = swap.mount_in(pid, target)
             # A folder of the volume alone, or an older mount: only the engine knows how to make it again.
-            if own is None or entry is None or (entry.device, entry.root) != (own.device, own.root):
-                return False
-            if swap.users(pid, entry):
+            if entry is None or not swap.is_same(entry, own) or swap.users(pid, entry):
                 return False
         return not swap.has_namespaces_within(pid)
 
@@ -234,7 +232,7 @@ class ContainerWriters(Writers):
 
     def _seal(self, held: Held, target: str) -> None:
         own, entry = swap.mount_in(os.getpid(), str(self._path)), swap.mount_in(held.pid, target)
-        if own is None or entry is None or (entry.device, entry.root) != (own.device, own.root) or not held.lives:
+        if not swap.is_same(entry, own) or not held.lives:
             return  # its user ended it: what has that number now is nobody's we hold
         try:
             swap.set_readonly(held.pid, target, readonly=True)
@@ -290,7 +288,7 @@ class ContainerWriters(Writers):
                 own, entry = swap.mount_in(os.getpid(), str(self._path)), swap.mount_in(found.pid, target)
                 if own is None:
                     raise MountFailed("nothing is mounted there", subject=str(self._path))
-                if entry is None or (entry.device, entry.root) != (own.device, own.root):
+                if not swap.is_same(entry, own):
                     swap.swap(found.pid, target, self._path, readonly=target in held.readonly)
                 elif held.pid and target not in held.readonly:  # the old place, which is the volume again
                     swap.set_readonly(found.pid, target, readonly=False)
