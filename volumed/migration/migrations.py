@@ -195,11 +195,12 @@ class Migrations:
         self.copies.recover()
         self.verifications.forget()
         workdirs = self._core.settings.state_dir / "migrations"
-        for migration in self.all():
+        every = self.all()
+        for migration in every:
             # A crash came before it was removed, or a power cut took back that it was.
             if migration.phase.ended and (workdirs / migration.id).exists():
                 OtherPlace(self._core, migration).forget()
-        known = {migration.id: migration for migration in self.all() if not migration.phase.ended}
+        known = {migration.id: migration for migration in every if not migration.phase.ended}
         for held in self._core.repository.bindings(node=self._core.node):
             move = known.get(held.mount_id)  # type: ignore[call-overload]
             if held.engine is Engine.VOLUMED and (move is None or move.phase.committed):
