@@ -24,19 +24,6 @@ from volumed.host.linux import LinuxHost
 pytestmark = pytest.mark.root
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    made = tmp_path / "tree"
-    made.mkdir()
-    return made
-
-
-@pytest.fixture
-def server(tree: Path) -> Iterator[Server]:
-    with stalled_tree(tree) as running:
-        yield running
-
-
 def test_a_tree_is_measured(server: Server, tree: Path, host: LinuxHost) -> None:
     unit = 4096
     wanted = TreeStatus(1000 * unit, 400 * unit, 500 * unit, inodes=100, inodes_used=10, inodes_available=90)

@@ -7,14 +7,13 @@ import os
 import signal
 import stat
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import wait_until
-from tests.harness.stalled import Server, stalled_tree
+from tests.harness.stalled import Server
 from volumed.driver import Worker
 from volumed.errors import DeadlineExceeded, MountFailed
 from volumed.host import left, mounts, served
@@ -29,19 +28,6 @@ def idle() -> list[tuple[float, Worker]]:
     while served._idle:
         served._idle.pop()[1].close()
     return served._idle
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    made = tmp_path / "tree"
-    made.mkdir()
-    return made
-
-
-@pytest.fixture
-def server(tree: Path) -> Iterator[Server]:
-    with stalled_tree(tree) as running:
-        yield running
 
 
 def _children(parent: int | None = None) -> list[Path]:
