@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import sh, wait_until
-from tests.drivers.conftest import MakeRbd
+from tests.drivers.conftest import CEPH_PATIENCE, MakeRbd
 from tests.harness.ceph import POOL, Ceph
 from tests.harness.processes import pids_with
 from volumed.driver import Driver, Extent, VolumeSpec
@@ -219,6 +220,54 @@ def test_a_clone_that_was_cut_short(
     again.delete(source)
     assert ceph.rbd("ls", POOL) == ""
     assert source not in ceph.rbd("trash", "ls", POOL)
+
+
+_LOOK_OFTEN = """
+import json, os, sys, time
+from volumed_drivers.ceph_worker import Connection
+from volumed_drivers.rbd_watchers import opened
+
+hello, pool, image, snapshot = json.loads(sys.stdin.readline())
+connection, ends = Connection(hello), time.monotonic() + 10
+while time.monotonic() < ends:
+    with opened(connection, (pool, ""), image, snapshot=snapshot) as found:
+        assert found.size() == 64 << 20
+os._exit(0)
+"""
+
+
+def test_looking_at_a_snapshot_often_neither_hangs_nor_kills_a_worker(ceph: Ceph, make_rbd: MakeRbd) -> None:
+    """librbd does both to who opens an image at a snapshot and soon closes it, one time in some hundred when the
+    machine is busy. So this looks some thousand times, from several processes at once."""
+    driver = make_rbd()
+    handle = driver.create(spec()).handle
+    name = driver.snapshot(handle, new_snapshot_id()).partition("@")[2]
+    user = {"user": driver._options.user, "key": driver._cluster.key()}
+    hello = {"conf": str(ceph.conf), **user, "settings": {}, "timeout": CEPH_PATIENCE}
+    asked = json.dumps([hello, POOL, handle, name])
+    argv, pipe = [sys.executable, "-c", _LOOK_OFTEN], subprocess.PIPE
+    looking = [subprocess.Popen(argv, stdin=pipe, stderr=pipe, text=True) for _ in range(6)]
+    try:
+        for process in looking:
+            assert process.stdin is not None
+            process.stdin.write(f"{asked}\n")
+            process.stdin.flush()
+        said = [process.communicate(timeout=CEPH_PATIENCE)[1] for process in looking]
+    finally:
+        for process in looking:
+            process.kill()
+    assert [process.returncode for process in looking] == [0] * len(looking), said
+
+
+def test_a_snapshot_that_is_gone_is_named(make_rbd: MakeRbd) -> None:
+    driver = make_rbd()
+    handle = driver.create(spec()).handle
+    gone = Handle(f"{handle}@{new_snapshot_id()}")
+    with pytest.raises(NotFound, match=f"snapshot {gone.partition('@')[2]} of image rbd/{handle} is gone"):
+        driver.restore(handle, gone)
+    with pytest.raises(NotFound, match=f"image rbd/{handle[:-1]}. is gone"):
+        driver.delete(handle)
+        driver.restore(handle, gone)
 
 
 def test_changed_blocks(make_rbd: MakeRbd) -> None:
