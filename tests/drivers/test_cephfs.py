@@ -33,7 +33,9 @@ from volumed.errors import (
     NotFound,
     PermissionDenied,
 )
+from volumed.host import helpers
 from volumed.host.linux import LinuxHost
+from volumed.host.run import ENVIRONMENT
 from volumed.model import Handle, VolumeMode, new_snapshot_id, new_volume_id
 from volumed.testing import crash
 from volumed.testing.conformance import DriverConformance, MakeDriver
@@ -326,6 +328,25 @@ def test_a_client_that_died_is_seen_and_replaced(driver: CephFsDriver, tmp_path:
         driver.unmount(handle, target)
         driver.mount(handle, target, options=(), readonly=False)
         assert (tree / "file").read_text() == "kept"
+
+
+def test_a_client_that_cannot_remount_what_is_gone_writes_all_it_holds(
+    driver: CephFsDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ceph-fuse runs mount(8) to remount its mount as soon as it has it: here the volume is unmounted before that, as
+    on a busy machine. It used to abort after five tries, with or without having written by then."""
+    late = tmp_path / "bin" / "mount"
+    late.parent.mkdir()
+    late.write_text(f'#!/bin/sh\nwhile mountpoint -q {tmp_path}/at; do sleep 0.01; done; exec /usr/bin/mount "$@"\n')
+    late.chmod(0o755)
+    slow = {**ENVIRONMENT, "PATH": f"{late.parent}:{ENVIRONMENT['PATH']}"}
+    monkeypatch.setattr(helpers, "ENVIRONMENT", slow)
+    handle = create(driver)
+    with mounted(driver, handle, tmp_path / "at") as tree:
+        (tree / "file").write_bytes(b"written")
+    assert "fuse finished with error 0 and tester_r 32" in caplog.text
+    with mounted(driver, handle, tmp_path / "at") as tree:
+        assert (tree / "file").read_bytes() == b"written"
 
 
 def error_of(target: Path) -> int:
