@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -281,10 +282,11 @@ def test_a_target_that_is_away_is_said() -> None:
 
 @pytest.fixture
 def _multipathd() -> Iterator[None]:
+    """Ended by a signal: the answer to its own `shutdown` is lost when it has gone before it gave it."""
     Path("/etc/multipath.conf").write_text("defaults {\n user_friendly_names yes\n}\n")
-    sh("multipathd")
-    yield
-    sh("multipathd", "shutdown")
+    with subprocess.Popen(["multipathd", "-d"]) as daemon:
+        yield
+        daemon.terminate()
 
 
 @pytest.mark.usefixtures("_multipathd")
