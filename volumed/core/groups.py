@@ -120,15 +120,16 @@ class GroupSnapshots:
 
     def _check_stillness(self, volumes: Iterable[Volume]) -> None:
         """While all others are frozen, one volume that is written to is taken at an instant of theirs; two are not."""
-        moving = {
-            volume.name: self._mounts.holders(volume)
+        moving = [
+            volume
             for volume in volumes
             if self._mounts.holders(volume) and not self._mounts.can_freeze(volume, self._backends.get(volume.backend))
-        }
+        ]
         if len(moving) > 1:
+            moving.sort(key=lambda volume: volume.name)
             raise InUse(
                 "cannot be held still together while they are in use",
-                holders=[f"volume {name} by {', '.join(moving[name])}" for name in sorted(moving)],
+                holders=[f"volume {volume.name} by {', '.join(self._mounts.holders(volume))}" for volume in moving],
                 hint="stop the users of all but one of them, or take snapshots one by one",
             )
 
